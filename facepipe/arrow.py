@@ -8,7 +8,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from facepipe.imaging.geometry import Frame
-from facepipe.schema import EMBEDDING_DIM
 from facepipe.types import Bool, Float32, UInt8Image
 
 
@@ -89,20 +88,20 @@ def to_ragged_lists(rows: Sequence[Float32]) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, pa.float32()))
 
 
-def read_embeddings(column: pa.Array | pa.ChunkedArray) -> tuple[Float32, Bool]:
-    """Read a column of lists of 128 numbers, of any list type.
+def read_embeddings(column: pa.Array | pa.ChunkedArray, dim: int) -> tuple[Float32, Bool]:
+    """Read a column of lists of `dim` numbers, of any list type.
 
     Returns:
-        Vectors (n, 128), and whether (n,) the row is a list of 128 numbers. Other rows are zero. Nulls in a list are
-        NaN.
+        Vectors (n, dim), and whether (n,) the row is a list of `dim` numbers. Other rows are zero. Nulls in a list
+        are NaN.
     """
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
-    complete = np.asarray(lengths == EMBEDDING_DIM)
+    complete = np.asarray(lengths == dim)
     flat = (array if complete.all() else array.filter(pa.array(complete))).flatten().cast(pa.float32())
-    values = flat.to_numpy(zero_copy_only=flat.null_count == 0).reshape(-1, EMBEDDING_DIM)
+    values = flat.to_numpy(zero_copy_only=flat.null_count == 0).reshape(-1, dim)
     if complete.all():
         return values, complete
-    vectors = np.zeros((len(array), EMBEDDING_DIM), np.float32)
+    vectors = np.zeros((len(array), dim), np.float32)
     vectors[complete] = values
     return vectors, complete

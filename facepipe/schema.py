@@ -23,7 +23,10 @@ FAILED = (READ_ERROR, DECODE_ERROR, TOO_LARGE, CRASHED, REPLACED)
 # Statuses of images that were read, and of which no face can be had.
 DAMAGED = (DECODE_ERROR, TOO_LARGE, CRASHED)
 
-EMBEDDING_DIM = 128
+DEFAULT_DIM = 128
+"""Length of the default embedder's vectors, and what is recommended."""
+MIN_DIM = 64
+MAX_DIM = 1024
 
 UNKNOWN_URI = ""
 """Stands in `former_uris` for a uri that held an image instead of a name, as older versions made them."""

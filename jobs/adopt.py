@@ -17,8 +17,8 @@ def adopt(
         str,
         typer.Argument(
             metavar="ENCODINGS",
-            help="128-D encodings: a Parquet file or folder (columns encoding, name, identity, ...), an .npz with "
-            "arrays encodings and names, or an .npy.",
+            help="Encodings: a Parquet file or folder (columns encoding, name, identity, ...), an .npz with arrays "
+            "encodings and names, an .npy, or a .bin of raw float32 numbers.",
             show_default=False,
         ),
     ],
@@ -35,20 +35,37 @@ def adopt(
         str, typer.Option(metavar="MODEL", help="Detector for photos that are added later.")
     ] = "dlib-hog",
     embedder: Annotated[
-        str, typer.Option(metavar="MODEL", help="Embedder that computes the same encodings.")
-    ] = "face-recognition",
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="MODEL",
+            help="Embedder that computes the same encodings, or features:NAME for one that is not here.",
+            show_default="face-recognition for 128 numbers, else features:FILE",
+        ),
+    ] = None,
+    labels: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="FILE", help="File of a label per line, for a .bin.", show_default=False),
+    ] = None,
+    dim: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=64, max=1024, help="Numbers per vector.", show_default="the file's"),
+    ] = None,
     max_failed: Annotated[
         float, typer.Option(min=0, max=1, help="Largest share of refused rows; above it the exit code is 3.")
     ] = 0.0,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Add encodings of face_recognition to a gallery.
+    """Add encodings that another program computed to a gallery.
 
     The photos of the encodings are not needed. Photos that are later embedded with the same models are compared with
     them. Adopting a file again adds nothing; after a crash it resumes where it stopped. Rows that are not an encoding
     (NaN, another length) are refused and counted. Pickle files are not opened: the error message says how to convert
     one.
+
+    A .bin holds raw float32 numbers, as the feature files of the face-clustering literature do. How many make a vector
+    follows from the labels, or --dim says it. Vectors of different models are never mixed: name the model of a second
+    file as the gallery does, if it is the same.
 
     For example:
 
@@ -56,12 +73,15 @@ def adopt(
 
         facepipe adopt encodings.parquet gallery/ --source staff-2023 --names images
 
+        facepipe adopt part1_test.bin gallery/ --labels part1_test.meta
+
         facepipe embed new-photos/ gallery/ --detector dlib-hog --embedder face-recognition --set embed.flip=false
     """
     with exit_on_error():
         from pipelines.adopt import AdoptConfig, run
 
-        config = AdoptConfig(encodings, names=names, **select_set(source=source, detector=detector, embedder=embedder))
+        options = select_set(source=source, detector=detector, embedder=embedder, labels=labels, dim=dim)
+        config = AdoptConfig(encodings, names=names, **options)
         with ProgressReporter("adopt", quiet=quiet) as progress:
             summary = run(config, gallery, lambda adopted: progress.update(_format_counts(adopted)))
         print_result(summary.to_dict(), as_json=as_json, print_text=lambda: _print_summary(summary, gallery))

@@ -246,9 +246,7 @@ def export(
 def project(
     card: Annotated[
         str,
-        typer.Argument(
-            metavar="CARD.toml", help="TOML file of a model with more than 128 dimensions.", show_default=False
-        ),
+        typer.Argument(metavar="CARD.toml", help="TOML file of a model of more dimensions.", show_default=False),
     ],
     gallery: GalleryPath,
     pairs: Annotated[
@@ -256,6 +254,10 @@ def project(
         typer.Option(
             metavar="PAIRS", help="LFW's pairs.txt or a CSV, to measure the loss on.", show_default="random pairs"
         ),
+    ] = None,
+    dim: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=64, max=1024, help="Number of dimensions to reduce to.", show_default="128"),
     ] = None,
     faces: Annotated[
         Optional[int],  # noqa: UP045
@@ -265,11 +267,12 @@ def project(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Fit a projection of a model to 128 dimensions.
+    """Fit a projection of a model to fewer dimensions.
 
-    The matrix reduces the model's vectors to the 128 dimensions of a gallery; its loss is measured. The gallery may be
-    of any models. Its images are read again, and its boxes and landmarks are used; no detector is run. Writes
-    CARD.projection.safetensors and CARD-128.toml, which is the model to embed with.
+    The matrix reduces the model's vectors to 128 numbers, or as many as --dim says; its loss is measured. A gallery
+    takes the longer vectors as well, but needs more memory and time. GALLERY may be of any models. Its images are read
+    again, and its boxes and landmarks are used; no detector is run. Writes CARD.projection.safetensors and
+    CARD-128.toml, which is the model to embed with.
 
     For example:
 
@@ -282,7 +285,7 @@ def project(
         from pipelines.project import ProjectConfig, run
 
         # There is no config file here: the options are the whole config.
-        config = build(ProjectConfig, select_set(pairs=pairs, faces=faces, seed=seed))
+        config = build(ProjectConfig, select_set(pairs=pairs, dim=dim, faces=faces, seed=seed))
         with ProgressReporter("project", quiet=quiet) as progress:
             summary = run(config, card, gallery, progress.update)
         print_result(asdict(summary), as_json=as_json, print_text=lambda: _print_projection(summary))
@@ -291,16 +294,17 @@ def project(
 def _print_projection(summary: Any) -> None:
     rows = [("faces fitted on", summary.faces)]
     rows += [(f"images: {status}", count) for status, count in sorted(summary.images.items())]
-    rows.append(("kept by 128 dimensions", f"{summary.energy:.2%} of the squared length"))
+    rows.append((f"kept by {summary.reduced_dim} dimensions", f"{summary.energy:.2%} of the squared length"))
     rows.append(("model", summary.card))
-    print_table(f"projection of {summary.dim} dimensions to 128 -> {summary.projection}", ("", ""), rows)
+    title = f"projection of {summary.dim} dimensions to {summary.reduced_dim} -> {summary.projection}"
+    print_table(title, ("", ""), rows)
 
     # What the projection loses, on pairs of faces.
     if summary.full is None or summary.reduced is None:
         print(f"The loss was not measured: {summary.unmeasured}")
         return
     scores = []
-    for dimensions, verification in ((summary.dim, summary.full), (128, summary.reduced)):
+    for dimensions, verification in ((summary.dim, summary.full), (summary.reduced_dim, summary.reduced)):
         tar = "too few pairs" if verification.tar is None else f"{verification.tar:.4f}"
         scores.append((f"{dimensions} dimensions", f"{verification.accuracy:.4f}", tar))
     title = f"{summary.full.same} pairs of one person, {summary.full.different} of two"
@@ -313,7 +317,7 @@ def _print_projection(summary: Any) -> None:
 def measure(
     card: Annotated[
         str,
-        typer.Argument(metavar="CARD.toml", help="TOML file of a model of 128 dimensions.", show_default=False),
+        typer.Argument(metavar="CARD.toml", help="TOML file of an embedder.", show_default=False),
     ],
     gallery: GalleryPath,
     faces: Annotated[

@@ -12,14 +12,17 @@ from facepipe.adoption.adopt import Adoption, AdoptionTally
 from facepipe.adoption.rows import regroup_by_image
 from facepipe.adoption.tables import EncodingSource, Names, open_encodings
 from facepipe.erasure.takeup import RequestTaker
-from facepipe.errors import ConfigError, SourceError
+from facepipe.errors import SourceError
 from facepipe.gallery import Contract, Gallery, suppressed
 from facepipe.gallery.commits.committer import Committer
 from facepipe.gallery.commits.parts import PartRecord, add_shared_columns, write_part
+from facepipe.gallery.contract import FEATURES
 from facepipe.observe.runs import new_run_id
-from facepipe.schema import EMBEDDING_DIM
+from facepipe.schema import DEFAULT_DIM
 from facepipe.storage.lease import Lease, hold_lease
 from pipelines.runtime.run_record import attach_summary, get_current_run, record_calls
+
+_USUAL_EMBEDDER = "face-recognition"
 
 
 @dataclass(frozen=True)
@@ -27,24 +30,38 @@ class AdoptConfig:
     """Everything that `adopt` can be configured with.
 
     Attributes:
-        encodings: A Parquet file or folder, an .npz or an .npy file.
+        encodings: A Parquet file or folder, an .npz or an .npy file, or a .bin of raw float32 numbers.
         source: Name of the corpus in the gallery's `source` column; by default the last part of the path.
         names: Whom a column `name` names: people, images, or auto (images if another column says who it is, else
             people).
         detector: Detector for the gallery's contract.
-        embedder: Model that computes the same encodings from photos, for the gallery's contract.
+        embedder: Model that computes the same encodings from photos, for the gallery's contract; or `features:NAME` for
+            a model that is not here. By default face-recognition for 128 numbers, else `features:` and the name of the
+            file.
+        labels: File of a label per line, for a .bin.
+        dim: Numbers per vector; by default as many as the file has.
     """
 
     encodings: str = ""
     source: str | None = None
     names: Names = "auto"
     detector: str = "dlib-hog"
-    embedder: str = "face-recognition"
+    embedder: str | None = None
+    labels: str | None = None
+    dim: int | None = None
 
-    @property
-    def contract(self) -> Contract:
-        """The gallery's contract. face_recognition does not average the mirrored chip in."""
-        return Contract.from_models(self.detector, self.embedder, flip=False)
+    def make_contract(self, source: EncodingSource) -> Contract:
+        """Make the contract of a gallery of these encodings."""
+        embedder = self.embedder
+        if embedder is None:
+            # Vectors of face_recognition have as many numbers. Of other files only the name tells one model from
+            # another, so that two of them are never mixed unasked.
+            is_usual = source.dim == DEFAULT_DIM and not source.is_features
+            embedder = _USUAL_EMBEDDER if is_usual else FEATURES + os.path.basename(source.path.rstrip("/"))
+        if embedder.startswith(FEATURES):
+            return Contract.from_features(embedder, source.dim)
+        # face_recognition does not average the mirrored chip in.
+        return Contract.from_models(self.detector, embedder, flip=False)
 
 
 @dataclass
@@ -124,11 +141,9 @@ def run(config: AdoptConfig, gallery: str, progress: Progress = lambda summary: 
         ConfigError: the file is of another kind.
         ContractError: the gallery was made with other models.
     """
-    contract = config.contract
-    if contract.dim != EMBEDDING_DIM:
-        raise ConfigError(f"{contract.embedder} has {contract.dim} dimensions; encodings have {EMBEDDING_DIM}")
+    source = open_encodings(config.encodings, config.names, labels=config.labels, dim=_find_wanted_dim(config))
+    contract = config.make_contract(source)
     # Encodings that name their models must name those of the gallery.
-    source = open_encodings(config.encodings, config.names)
     if source.contract is not None:
         Contract.from_json(source.contract).require(contract, repr(source.path))
     # An empty file must not create a gallery.
@@ -136,6 +151,13 @@ def run(config: AdoptConfig, gallery: str, progress: Progress = lambda summary: 
         raise SourceError(f"no encoding in {config.encodings!r}")
     with hold_lease(gallery) as lease:
         return _run_locked(config, source, Gallery.open_or_create(gallery, contract), lease, progress)
+
+
+def _find_wanted_dim(config: AdoptConfig) -> int | None:
+    """Find how long vectors must be by the options; None if the file decides. Files of other lengths are refused."""
+    if config.dim is not None or config.embedder is None or config.embedder.startswith(FEATURES):
+        return config.dim
+    return Contract.from_models(config.detector, config.embedder, flip=False).dim
 
 
 def _run_locked(

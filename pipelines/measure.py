@@ -28,7 +28,6 @@ from facepipe.models.protocols import Embedder
 from facepipe.models.runtime.device import resolve_device
 from facepipe.models.zoo.card_file import read_card, set_measured_limits
 from facepipe.models.zoo.loading import load_card
-from facepipe.schema import EMBEDDING_DIM
 from facepipe.stages import Decode, Read
 from facepipe.types import Float32, Int64, UInt8
 from pipelines.project.faces import FaceCutter
@@ -105,7 +104,7 @@ def run(
 
     Raises:
         GalleryError: The gallery has too few faces.
-        ModelError: The model is no embedder of 128 dimensions.
+        ModelError: The model is not an embedder.
     """
     began = time.monotonic()
     path = Path(card)
@@ -159,11 +158,6 @@ def _load_model(path: Path, config: MeasureConfig) -> Embedder:
     card = load_card(path)
     if card.role != "embedder":
         raise ModelError(f"{path}: {card.name} is a {card.role}; expected an embedder")
-    if card.dim != EMBEDDING_DIM:
-        raise ModelError(
-            f"{path}: {card.name} gives {card.dim} dimensions, and a gallery holds {EMBEDDING_DIM}: fit a projection "
-            "first, with `facepipe models project`"
-        )
     embedder: Embedder = card.load(resolve_device(config.device), config.threads or detect_local_resources().cpus)
     return embedder
 

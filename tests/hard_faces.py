@@ -178,19 +178,20 @@ class ArcFaceLike:
         self.hardness = hardness or ANGULAR
         self._noise = np.sqrt(1 / genuine - 1)
         self._dimension = dimension
-        spectrum = np.exp(-np.arange(512) / 110)
+        self._size = max(512, dimension)
+        spectrum = np.exp(-np.arange(self._size) / (110 * self._size / 512))
         self._spectrum = spectrum / np.linalg.norm(spectrum)
-        self._blurred = (self._rng.standard_normal((1, 512)) * self._spectrum)[0]
+        self._blurred = (self._rng.standard_normal((1, self._size)) * self._spectrum)[0]
 
     def draw_centres(self, count: int, *, relatives: int = 1, kinship: float = 0.0) -> np.ndarray:
-        """Draw centres (count, 512)."""
-        person = _draw_persons(self._rng, count, 512, self.hardness, relatives=relatives, kinship=kinship)
+        """Draw centres (count, 512), or longer ones for longer vectors."""
+        person = _draw_persons(self._rng, count, self._size, self.hardness, relatives=relatives, kinship=kinship)
         return _to_unit(person * self._spectrum)
 
     def draw(self, centres: np.ndarray, person: np.ndarray) -> DrawnFaces:
         """Draw one face per entry of `person`."""
         noise = _draw_noise(self._rng, len(person), self.hardness.quality_spread)
-        offset = _draw_offsets(self._rng, person, 512, self.hardness.same_session) * self._spectrum
+        offset = _draw_offsets(self._rng, person, self._size, self.hardness.same_session) * self._spectrum
         vectors = centres[person] + (self._noise * noise)[:, None] * offset
         vectors += _compute_blur(noise, self.hardness.blur) * (self._blurred - vectors)
         return DrawnFaces(person.copy(), _to_unit(vectors[:, : self._dimension]), noise)

@@ -93,6 +93,7 @@ class Adoption:
             erased_contents: hashes of image ids that must not come back.
         """
         self.tally = AdoptionTally()
+        self._dim = gallery.dim
         self._source = source
         self._erased_uris = erased_uris
         self._erased_contents = erased_contents
@@ -129,7 +130,7 @@ class Adoption:
         """
         self.tally.listed += table.num_rows
         # Refuse single rows first; what is left of an image is adopted as a whole.
-        raw, norms = measure_vectors(table)
+        raw, norms = measure_vectors(table, self._dim)
         is_sound = self._refuse_rows(table, raw, norms)
         images, previous = self._screen_images(list(group_images(table, raw, is_sound, self._source)), table)
         uris = pa.array([image.uri for image in images], pa.string())
@@ -195,7 +196,7 @@ def make_rows(table: pa.Table, raw: Float32, norms: Float64, images: list[Encode
 
     Args:
         table: encodings.
-        raw: their vectors, (n, 128).
+        raw: their vectors, (n, dim).
         norms: the norms of these, (n,).
         images: the images that become rows.
     """

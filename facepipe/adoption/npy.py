@@ -12,7 +12,7 @@ import numpy.typing as npt
 from facepipe.errors import ConfigError, SourceError
 from facepipe.storage import open_seekable
 
-_MAX_ROW_BYTES = 4 << 10  # 512 numbers of double precision, or a name of a thousand letters
+_MAX_ROW_BYTES = 8 << 10  # 1,024 numbers of double precision, or a name of two thousand letters
 _READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 

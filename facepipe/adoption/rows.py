@@ -12,7 +12,6 @@ import pyarrow.compute as pc
 from facepipe import storage
 from facepipe.arrow import to_vectors
 from facepipe.hashing import compute_image_id, hash64
-from facepipe.schema import EMBEDDING_DIM
 from facepipe.sources.extensions import is_web_url
 from facepipe.sources.item import make_file_uri
 from facepipe.sources.parquet import strip_url_secrets
@@ -69,15 +68,15 @@ def _find_last_image(names: list[str | None], following: str | None) -> int:
     return start
 
 
-def measure_vectors(table: pa.Table) -> tuple[Float32, Float64]:
-    """Read the vectors of encodings, and measure them.
+def measure_vectors(table: pa.Table, dim: int) -> tuple[Float32, Float64]:
+    """Read the vectors of encodings, of `dim` numbers each, and measure them.
 
     Returns:
-        Raw vectors (n, 128), zero for a row without one, and their norms (n,), NaN if a number is not finite.
+        Raw vectors (n, dim), zero for a row without one, and their norms (n,), NaN if a number is not finite.
     """
     has_vector = table["vector"].is_valid().to_numpy()
-    raw = np.zeros((table.num_rows, EMBEDDING_DIM), np.float32)
-    raw[has_vector] = to_vectors(table["vector"].drop_null(), EMBEDDING_DIM)
+    raw = np.zeros((table.num_rows, dim), np.float32)
+    raw[has_vector] = to_vectors(table["vector"].drop_null(), dim)
     is_finite = np.asarray(np.isfinite(raw).all(axis=1))
     # In double precision the squares of large numbers do not overflow.
     norms = np.linalg.norm(np.where(is_finite[:, None], raw, 0).astype(np.float64), axis=1)
@@ -105,7 +104,7 @@ def find_refusals(table: pa.Table, raw: Float32, norms: Float64) -> dict[int, tu
         if length is None:
             refusals[int(n)] = ("no_encoding", "no encoding")
         else:
-            refusals[int(n)] = ("other_dimension", f"{length} dimensions, not {EMBEDDING_DIM}")
+            refusals[int(n)] = ("other_dimension", f"{length} dimensions, not {raw.shape[1]}")
     return dict(sorted(refusals.items()))
 
 
@@ -125,7 +124,7 @@ def group_images(table: pa.Table, raw: Float32, is_sound: Bool, source: str) -> 
 
     Args:
         table: encodings.
-        raw: their vectors, (n, 128).
+        raw: their vectors, (n, dim).
         is_sound: which rows can be adopted, (n,).
         source: name of the corpus.
     """

@@ -1,8 +1,9 @@
-"""Encodings in: raw 128-D vectors that another program computed, from Parquet, .npz or .npy, a batch at a time."""
+"""Encodings in: raw vectors that another program computed, from Parquet, .npz, .npy or .bin, a batch at a time."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,10 +14,18 @@ import pyarrow.parquet as pq
 
 from facepipe import storage
 from facepipe.adoption import npy
+from facepipe.adoption.features import (
+    FeatureShape,
+    describe_labels,
+    is_feature_file,
+    measure_features,
+    read_features,
+    read_labels,
+)
 from facepipe.arrow import read_embeddings, to_float_lists
 from facepipe.errors import ConfigError, SourceError
-from facepipe.gallery.contract import CONTRACT_PROPERTY
-from facepipe.schema import EMBEDDING_DIM
+from facepipe.gallery.contract import CONTRACT_PROPERTY, FEATURES
+from facepipe.schema import DEFAULT_DIM
 from facepipe.sources.labels import LABEL_COLUMNS, format_label, format_labels
 from facepipe.sources.parquet import URI_COLUMNS, list_parquet_files
 from facepipe.text import escape_undecodable
@@ -49,7 +58,7 @@ ENCODINGS = pa.schema(
         ("row", pa.int64()),
         ("name", pa.string()),  # of the image, as the file has it
         ("identity", pa.string()),
-        ("vector", pa.list_(pa.float32())),  # 128 numbers; null for a list of another length
+        ("vector", pa.list_(pa.float32())),  # null for a list of another length than the others
         ("length", pa.int64()),
         ("box", pa.list_(pa.float32())),  # x1, y1, x2, y2
     ]
@@ -87,12 +96,23 @@ class EncodingSource:
         files: Paths of the files.
         roles: Which column is what.
         contract: The contract in a Parquet file that facepipe wrote, as JSON; None if there is none.
+        dim: Numbers per vector: of all of them, or of most at the beginning of lists of any length.
+        labels: File of a label per row, if they are in one.
+        feature_rows: Vectors of a file of raw numbers.
     """
 
     path: str
     files: tuple[str, ...]
     roles: ColumnRoles
     contract: str | None = None
+    dim: int = DEFAULT_DIM
+    labels: str | None = None
+    feature_rows: int = 0
+
+    @property
+    def is_features(self) -> bool:
+        """Whether it is a file of raw numbers, which says nothing of its model."""
+        return is_feature_file(self.files[0])
 
     def batches(self) -> Iterator[pa.Table]:
         """Yield tables of the schema ENCODINGS, in the files' order. Raises SourceError if a file cannot be read."""
@@ -100,25 +120,35 @@ class EncodingSource:
             label = _make_label(path, self.path)
             # Rows are counted over the batches of a file: their numbers name rows without a name.
             first = 0
-            read_file = _read_parquet if _is_parquet(path) else _read_numpy
-            for columns in read_file(path, self.roles):
+            for columns in self._read_file(path):
                 count = len(columns["length"])
                 numbers = {"file": pa.array([label] * count), "row": pa.array(range(first, first + count), pa.int64())}
                 yield pa.table({**numbers, **columns}).select(ENCODINGS.names).cast(ENCODINGS)
                 first += count
 
+    def _read_file(self, path: str) -> Iterator[dict[str, Any]]:
+        if is_feature_file(path):
+            return _read_features(path, FeatureShape(self.feature_rows, self.dim), self.labels)
+        if _is_parquet(path):
+            return _read_parquet(path, self.roles, self.dim)
+        return _read_numpy(path, self.roles)
 
-def open_encodings(path: str, names: Names = "auto") -> EncodingSource:
+
+def open_encodings(
+    path: str, names: Names = "auto", *, labels: str | None = None, dim: int | None = None
+) -> EncodingSource:
     """Open the encodings at a path.
 
     Args:
-        path: a Parquet file or folder, an .npz or an .npy file.
+        path: a Parquet file or folder, an .npz or an .npy file, or a .bin of raw float32 numbers.
         names: whom a column `name` names: people (as in face_recognition's examples) or images. With auto it is images
             if another column says who it is, else people.
+        labels: file of a label per line, for a .bin.
+        dim: numbers per vector; by default as many as the file has.
 
     Raises:
-        SourceError: there is nothing.
-        ConfigError: the file is of another kind (such as a pickle), or has no 128-D vectors.
+        SourceError: there is nothing, or a file is cut short.
+        ConfigError: the file is of another kind (such as a pickle), or its vectors have another length.
     """
     path = storage.to_absolute(path)
     if not storage.may_exist(path):
@@ -127,19 +157,63 @@ def open_encodings(path: str, names: Names = "auto") -> EncodingSource:
     files = list(list_parquet_files(path).files) or ([] if os.path.isdir(path) else [path])
     if not files:
         raise SourceError(f"no Parquet file in {path!r}: name a Parquet file or folder, an .npz or an .npy file")
+    if is_feature_file(files[0]):
+        labels = None if labels is None else storage.to_absolute(labels)
+        shape = measure_features(path, labels, dim)
+        roles = ColumnRoles("", None, describe_labels(labels), None)
+        return EncodingSource(path, (path,), roles, dim=shape.dim, labels=labels, feature_rows=shape.rows)
+    if labels is not None:
+        raise ConfigError(f"--labels is for a .bin of raw numbers; {files[0]} can hold a column or an array of labels")
+    source = _open_tables(path, files, names)
+    if dim is not None and dim != source.dim and not _has_free_length(source):
+        raise ConfigError(
+            f"{files[0]}: its vectors have {source.dim} numbers, not {dim}: name the model that made them, or "
+            f"--embedder {FEATURES}NAME if it is not here"
+        )
+    return source if dim is None else replace(source, dim=dim)
+
+
+def _has_free_length(source: EncodingSource) -> bool:
+    """Tell whether each row of a source may have its own length."""
+    if not _is_parquet(source.files[0]):
+        return False
+    with storage.open_seekable(source.files[0]) as file:
+        kind = _open_parquet(file, source.files[0]).schema_arrow.field(source.roles.vector).type
+    return not pa.types.is_fixed_size_list(kind)
+
+
+def _open_tables(path: str, files: Sequence[str], names: Names) -> EncodingSource:
+    """Open Parquet files or a file of arrays."""
     # Columns and contract are those of the first file; later files are checked when they are read.
     if _is_parquet(files[0]):
         with storage.open_seekable(files[0]) as file:
-            schema = _open_parquet(file, files[0]).schema_arrow
+            parquet = _open_parquet(file, files[0])
+            schema = parquet.schema_arrow
+            roles = _find_roles_in_schema(schema, files[0], names)
+            dim = _find_dim(parquet, roles.vector, files[0])
         contract = (schema.metadata or {}).get(CONTRACT_PROPERTY.encode())
-        roles = _find_roles_in_schema(schema, files[0], names)
-        return EncodingSource(path, tuple(files), roles, contract.decode() if contract else None)
+        return EncodingSource(path, tuple(files), roles, contract.decode() if contract else None, dim)
     # Of other files the first bytes tell arrays from what must not be opened.
     with storage.open_seekable(path) as file:
         magic = file.read(6)
     if not magic.startswith((b"PK\x03\x04", b"\x93NUMPY")):
         raise ConfigError(_PICKLE.format(path=path))
-    return EncodingSource(path, (path,), _find_roles_in_arrays(npy.read_headers(path), path, names))
+    headers = npy.read_headers(path)
+    roles = _find_roles_in_arrays(headers, path, names)
+    return EncodingSource(path, (path,), roles, dim=headers[roles.vector].shape[1])
+
+
+def _find_dim(file: pq.ParquetFile, column: str, path: str) -> int:
+    """Find how many numbers the vectors of a column have: all of them, or most of the first rows."""
+    kind = file.schema_arrow.field(column).type
+    if pa.types.is_fixed_size_list(kind):
+        return int(kind.list_size)
+    try:
+        batch = next(file.iter_batches(_ROWS, columns=[column]), None)
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(f"cannot read {path!r}: {str(error).splitlines()[0]}") from error
+    lengths = Counter(pc.list_value_length(batch[column]).drop_null().to_pylist() if batch else [])
+    return int(lengths.most_common(1)[0][0]) if lengths else DEFAULT_DIM
 
 
 def _is_parquet(path: str) -> bool:
@@ -187,11 +261,7 @@ def _find_roles_in_schema(schema: pa.Schema, where: str, names: Names) -> Column
         is_label = pa.types.is_floating(kind) and field.name in _IDENTITIES
         return bool(is_text or pa.types.is_integer(kind) or is_label)
 
-    roles = _find_roles([field.name for field in schema if fits(field)], names, where)
-    kind = schema.field(roles.vector).type
-    if pa.types.is_fixed_size_list(kind) and kind.list_size != EMBEDDING_DIM:
-        raise ConfigError(f"{where}: {roles.vector} has {kind.list_size} dimensions, not {EMBEDDING_DIM}")
-    return roles
+    return _find_roles([field.name for field in schema if fits(field)], names, where)
 
 
 def _is_number_list(kind: pa.DataType) -> bool:
@@ -206,8 +276,8 @@ def _find_roles_in_arrays(headers: dict[str, npy.NpyHeader], where: str, names: 
     roles = ColumnRoles("", None, None, None) if is_single else _find_roles(list(headers), names, where)
     # The vectors decide how many rows the other arrays must have.
     shape = headers[roles.vector].shape
-    if len(shape) != 2 or shape[1] != EMBEDDING_DIM or headers[roles.vector].dtype.kind not in "fiu":
-        raise ConfigError(f"{where}: {roles.vector or 'the array'} is {shape}, not (n, {EMBEDDING_DIM}) numbers")
+    if len(shape) != 2 or headers[roles.vector].dtype.kind not in "fiu":
+        raise ConfigError(f"{where}: {roles.vector or 'the array'} is {shape}, not (n, dim) numbers")
     for name in roles.columns or ("",):
         header = headers[name]
         npy.check_array(header, f"{where}: {name}" if name else where)
@@ -232,7 +302,7 @@ def _open_parquet(file: Any, path: str) -> pq.ParquetFile:
         raise SourceError(f"cannot read {path!r}: {str(error).splitlines()[0]}") from error
 
 
-def _read_parquet(path: str, roles: ColumnRoles) -> Iterator[dict[str, Any]]:
+def _read_parquet(path: str, roles: ColumnRoles, dim: int) -> Iterator[dict[str, Any]]:
     """Yield the columns `name` to `box` of ENCODINGS from a Parquet file."""
     with storage.open_seekable(path) as handle:
         file = _open_parquet(handle, path)
@@ -243,16 +313,16 @@ def _read_parquet(path: str, roles: ColumnRoles) -> Iterator[dict[str, Any]]:
             raise ConfigError(f"{path} has other columns than the first file: {', '.join(schema.names)}")
         try:
             for batch in file.iter_batches(_ROWS, columns=list(roles.columns)):
-                yield _convert_batch(batch, roles)
+                yield _convert_batch(batch, roles, dim)
         except (pa.ArrowException, OSError) as error:
             raise SourceError(f"cannot read {path!r}: {str(error).splitlines()[0]}") from error
 
 
-def _convert_batch(batch: pa.RecordBatch, roles: ColumnRoles) -> dict[str, Any]:
+def _convert_batch(batch: pa.RecordBatch, roles: ColumnRoles, dim: int) -> dict[str, Any]:
     absent = pa.nulls(batch.num_rows, pa.string())
     column = batch[roles.vector]
-    # Vectors (n, 128), and the mask (n,) of rows that have all numbers.
-    vectors, is_complete = read_embeddings(column)
+    # Vectors (n, dim), and the mask (n,) of rows that have all numbers.
+    vectors, is_complete = read_embeddings(column, dim)
     boxes = pa.nulls(batch.num_rows, pa.list_(pa.float32()))
     if roles.box:
         boxes = _convert_boxes(batch[roles.box], roles.box)
@@ -292,8 +362,26 @@ def _read_numpy(path: str, roles: ColumnRoles) -> Iterator[dict[str, Any]]:
             "name": _to_texts(arrays[roles.uri]) if roles.uri else pa.nulls(count, pa.string()),
             "identity": _to_labels(arrays[roles.identity]) if roles.identity else pa.nulls(count, pa.string()),
             "vector": to_float_lists(vectors),
-            "length": pa.array(np.full(count, EMBEDDING_DIM, np.int64)),
+            "length": pa.array(np.full(count, vectors.shape[1], np.int64)),
             "box": boxes,
+        }
+
+
+def _read_features(path: str, shape: FeatureShape, labels: str | None) -> Iterator[dict[str, Any]]:
+    """Yield the columns `name` to `box` of ENCODINGS from a file of raw numbers."""
+    identities = read_labels(labels, _ROWS) if labels else None
+    for vectors in read_features(path, shape, _ROWS):
+        count = len(vectors)
+        absent = pa.nulls(count, pa.string())
+        identity = absent if identities is None else next(identities, absent[:0])
+        if len(identity) != count:
+            raise SourceError(f"{labels} has fewer labels than when it was opened")
+        yield {
+            "name": absent,
+            "identity": identity,
+            "vector": to_float_lists(vectors),
+            "length": pa.array(np.full(count, shape.dim, np.int64)),
+            "box": pa.nulls(count, pa.list_(pa.float32())),
         }
 
 

@@ -13,12 +13,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from facepipe.arrow import to_vectors
 from facepipe.errors import ConfigError, StorageError
 from facepipe.gallery.near_names import describe_near, find_near_images, find_near_labels, find_near_sources
 from facepipe.gallery.table import Gallery
 from facepipe.hashing import hash64
-from facepipe.schema import EMBEDDING_DIM, FACES
+from facepipe.schema import FACES
 from facepipe.sources.item import escape_name, make_file_uri
 from facepipe.sources.labels import format_label, list_label_forms
 from facepipe.sources.place import match_places
@@ -341,14 +340,13 @@ def select_rows(rows: pa.Table, *, is_personal: bool) -> SelectedImages:
     def collect(column: str) -> pa.Array:
         return pc.unique(rows[column].combine_chunks()).drop_null()
 
-    vectors = to_vectors(rows["embedding"].drop_null(), EMBEDDING_DIM)
     return SelectedImages(
         version=-1,
         uris=collect("uri"),
         contents=collect("image_id") if is_personal else pa.array([], pa.string()),
         faces=collect("face_id"),
         names=collect("identity"),
-        marks=pa.array(np.unique(compute_marks(vectors))),
+        marks=pa.array(np.unique(_compute_row_marks(rows["embedding"]))),
         rows=0,
         former_uris=pa.array([], pa.string()),
     )
@@ -441,8 +439,7 @@ def _describe_images(
             faces.append(batch["face_id"].drop_null())
             names.update(name for name in batch["identity"].to_pylist() if name)
             former_uris.append(pc.unique(batch["former_uris"].flatten()))
-            embeddings = pa.chunked_array([batch["embedding"].drop_null()])
-            marks.append(compute_marks(to_vectors(embeddings, EMBEDDING_DIM)))
+            marks.append(_compute_row_marks(batch["embedding"]))
     return SelectedImages(
         version=gallery.version,
         uris=uris,
@@ -467,6 +464,13 @@ def compute_marks(vectors: Float32) -> UInt64:
         (n,) uint64.
     """
     return np.ascontiguousarray(vectors[:, :2], "<f4").view("<u8")[:, 0]
+
+
+def _compute_row_marks(column: pa.Array | pa.ChunkedArray) -> UInt64:
+    """Compute marks of the lists of numbers in a column, which may be of any length; none for a null."""
+    embeddings = column.drop_null()
+    firsts = [pc.list_element(embeddings, place).to_numpy(zero_copy_only=False) for place in (0, 1)]
+    return compute_marks(np.stack(firsts, axis=1)) if len(embeddings) else np.empty(0, np.uint64)
 
 
 def _collect_unique(batches: Iterator[pa.RecordBatch], name: str, kind: pa.DataType) -> pa.Array:

@@ -9,10 +9,14 @@ from facepipe.errors import ContractError, ModelError
 from facepipe.hashing import hash64
 from facepipe.models.card import Card
 from facepipe.models.zoo.registry import find_card
-from facepipe.schema import EMBEDDING_DIM
+from facepipe.schema import DEFAULT_DIM, MAX_DIM, MIN_DIM
 
 CONTRACT_PROPERTY = "facepipe.contract"
 """Name of the table property that holds the contract; also of Parquet metadata."""
+
+FEATURES = "features:"
+"""How the names of embedders begin that are known by their vectors alone."""
+_UNKNOWN = "unknown"
 
 # Longest value that an error shows in full.
 _MAX_CHARACTERS = 32
@@ -39,7 +43,7 @@ class Contract:
     embedder_sha256: str
     alignment: str
     flip: bool
-    dim: int = EMBEDDING_DIM
+    dim: int = DEFAULT_DIM
     metric: str = "euclidean on unit vectors"
 
     @classmethod
@@ -47,6 +51,7 @@ class Contract:
         """Make the contract of two models. Raises ModelError for two that do not go together."""
         detector_card = find_card(detector, "detector")
         embedder_card = find_card(embedder, "embedder")
+        require_dim(embedder_card.dim or DEFAULT_DIM, embedder_card.name)
         return cls(
             detector=detector_card.name,
             detector_sha256=detector_card.sha256,
@@ -54,8 +59,31 @@ class Contract:
             embedder_sha256=embedder_card.sha256,
             alignment=_describe_alignment(embedder_card, detector_card),
             flip=flip,
-            dim=embedder_card.dim or EMBEDDING_DIM,
+            dim=embedder_card.dim or DEFAULT_DIM,
         )
+
+    @classmethod
+    def from_features(cls, name: str, dim: int) -> "Contract":
+        """Make the contract of vectors whose model is not here. What has another name is of another model.
+
+        Raises:
+            ModelError: a gallery cannot hold vectors of this length.
+        """
+        require_dim(dim, repr(name))
+        return cls(
+            detector=_UNKNOWN,
+            detector_sha256="",
+            embedder=FEATURES + name.removeprefix(FEATURES),
+            embedder_sha256="",
+            alignment=_UNKNOWN,
+            flip=False,
+            dim=dim,
+        )
+
+    @property
+    def is_of_features(self) -> bool:
+        """Whether the vectors came without their model, so that no image can be embedded beside them."""
+        return self.embedder.startswith(FEATURES)
 
     @classmethod
     def of(cls, detector: str, embedder: str, flip: bool) -> "Contract":
@@ -71,9 +99,16 @@ class Contract:
     def from_json(cls, text: str) -> "Contract":
         """Decode a contract. Raises ContractError for one of another version of facepipe."""
         try:
-            return cls(**json.loads(text))
+            contract = cls(**json.loads(text))
         except (TypeError, ValueError) as error:
             raise ContractError(f"the gallery's contract cannot be read: {text[:300]}") from error
+        # What is not a length would make arrays of any size.
+        if type(contract.dim) is not int or not 1 <= contract.dim <= MAX_DIM:
+            raise ContractError(
+                f"the gallery's contract says dim = {contract.dim!r}; expected {MIN_DIM} to {MAX_DIM}: it is "
+                "of another version of facepipe, or damaged"
+            )
+        return contract
 
     def require_models(self, detector: str | None, embedder: str | None) -> None:
         """Require that models that somebody names are those of this contract.
@@ -119,6 +154,14 @@ class Contract:
                 f"{where} was made with another model contract:\n" + "\n".join(lines) + "\n"
                 "Embeddings of two contracts cannot be compared: use the gallery's models, or start a new gallery"
             )
+
+
+def require_dim(dim: int, model: str) -> None:
+    """Require that a gallery can hold vectors of a length. Raises ModelError otherwise."""
+    if not MIN_DIM <= dim <= MAX_DIM:
+        raise ModelError(
+            f"{model} gives {dim}-D vectors, and a gallery holds vectors of {MIN_DIM} to {MAX_DIM} numbers"
+        )
 
 
 def _describe_alignment(embedder: Card, detector: Card) -> str:

@@ -27,7 +27,7 @@ from facepipe.gallery.commits import log
 from facepipe.gallery.contract import CONTRACT_PROPERTY, Contract
 from facepipe.gallery.filters import to_filter
 from facepipe.gallery.hidden import HiddenWatch
-from facepipe.schema import EMBEDDING_DIM, FACES, LATER, OK
+from facepipe.schema import FACES, LATER, OK
 from facepipe.storage.aliases import find_table_path
 from facepipe.storage.conditional import ConflictError, require_usable_place
 from facepipe.storage.inside import is_link, iterate_links, make_link_error, require_inside
@@ -97,7 +97,7 @@ class Gallery:
     Images whose erasure is recorded are left out from that moment on, also by a gallery that is open already.
 
         gallery = facepipe.Gallery("G")
-        ids, vectors = gallery.vectors()                    # (n,) int64, (n, 128) float32 of unit norm
+        ids, vectors = gallery.vectors()                    # (n,) int64, (n, dim) float32 of unit norm
         frame = gallery.to_pandas(["uri", "identity", "det_score"], where="det_score > 0.9 and identity is not null")
         for batch in gallery.batches(["uri", "embedding"]): ...
 
@@ -233,6 +233,11 @@ class Gallery:
         if text is None:
             raise ContractError(f"the table in {self.path!r} has no facepipe contract: it was not made by facepipe")
         return Contract.from_json(text)
+
+    @property
+    def dim(self) -> int:
+        """Numbers per embedding."""
+        return self.contract.dim
 
     @property
     def has_exact_text(self) -> bool:
@@ -468,13 +473,13 @@ class Gallery:
         return self.to_arrow(columns, where).to_pandas()
 
     def vectors(self, where: "str | ds.Expression | None" = None) -> tuple[Int64, Float32]:
-        """Read face ids (n,) and unit vectors (n, 128) of all faces, or of those that match a filter."""
+        """Read face ids (n,) and unit vectors (n, dim) of all faces, or of those that match a filter."""
         has_face = ds.field("face_id").is_valid()
         row_filter = to_filter(where)
         # Of all faces the log knows the number: each vector is then copied once, and held once.
         room = sum(file["faces"] for file in self.files()) if row_filter is None else _VECTOR_ROWS
         ids = np.empty(room, np.int64)
-        vectors = np.empty((room, EMBEDDING_DIM), np.float32)
+        vectors = np.empty((room, self.dim), np.float32)
         count = 0
         face_filter = has_face if row_filter is None else has_face & row_filter
         for batch in self.batches(["face_id", "embedding"], face_filter, rows=_VECTOR_ROWS):
@@ -484,7 +489,7 @@ class Gallery:
                 ids = _enlarge(ids, count, 2 * end)
                 vectors = _enlarge(vectors, count, 2 * end)
             ids[count:end] = batch["face_id"].to_numpy()
-            vectors[count:end] = batch["embedding"].flatten().to_numpy(zero_copy_only=False).reshape(-1, EMBEDDING_DIM)
+            vectors[count:end] = batch["embedding"].flatten().to_numpy(zero_copy_only=False).reshape(-1, self.dim)
             count = end
         return ids[:count], vectors[:count]
 

@@ -67,7 +67,7 @@ class Scanner:
         shard may have returned any.
 
         Args:
-            queries: (n, 128).
+            queries: (n, dim).
             count: candidates per query.
             nprobe: lists visited per query.
         """
@@ -89,7 +89,7 @@ class Scanner:
         """Find after how many others a query visits a list.
 
         Args:
-            queries: (n, 128).
+            queries: (n, dim).
             lists: numbers of lists, (n, w).
 
         Returns:
@@ -104,7 +104,7 @@ class Scanner:
         return ranks
 
     def assign_lists(self, vectors: Float32) -> Int64:
-        """Find the lists (n,) that vectors (n, 128) belong to."""
+        """Find the lists (n,) that vectors (n, dim) belong to."""
         points = round_to_grid(self._transform(np.ascontiguousarray(vectors)))
         return np.asarray(self._inverted[0].quantizer.search(points, 1)[1][:, 0], np.int64)
 

@@ -63,7 +63,7 @@ def _place_far(lists: Int64, dimension: int) -> Float32:
 
 
 def transform(index: Any, vectors: Float32) -> Float32:
-    """Return vectors (n, 128) as the lists of an index have them, (n, d)."""
+    """Return vectors (n, dim) as the lists of an index have them, (n, d)."""
     chained = faiss.downcast_index(index)
     result = round_to_grid(vectors)
     if isinstance(chained, faiss.IndexPreTransform) and len(vectors):
@@ -77,7 +77,7 @@ def assign_lists(index: Any, vectors: Float32, quantizer: Any = None) -> tuple[I
 
     Args:
         index: the index.
-        vectors: (n, 128).
+        vectors: (n, dim).
         quantizer: index of the centroids; the index's own by default.
 
     Returns:
@@ -101,7 +101,7 @@ def settle_centroids(index: Any, sample: Float32, clustering_index: Any = None) 
 
     Args:
         index: a trained, empty index with lists.
-        sample: what it was trained on, unit vectors (n, 128).
+        sample: what it was trained on, unit vectors (n, dim).
         clustering_index: an empty index, on GPUs for example, that may be used to find the nearest centroids.
     """
     ivf = faiss.extract_index_ivf(index)
@@ -139,7 +139,7 @@ def settle_centroids(index: Any, sample: Float32, clustering_index: Any = None) 
 
 
 def _sum_by_list(index: Any, vectors: Float32, lists: Int64, count: int) -> Float64:
-    """Sum vectors (n, 128) by their lists, (count, d)."""
+    """Sum vectors (n, dim) by their lists, (count, d)."""
     total = np.zeros((count, faiss.extract_index_ivf(index).d))
     for at in range(0, len(vectors), _BATCH_ROWS):
         part = lists[at : at + _BATCH_ROWS]
@@ -191,12 +191,12 @@ def read_members(shards: Sequence[Shard], lists: Int64, gone: Int64) -> ListMemb
 
 
 def _read_rows(shard: Shard, rows: Int64) -> Float32:
-    """Read the vectors of rows of a shard, (n, 128)."""
+    """Read the vectors of rows of a shard, (n, dim)."""
     return np.ascontiguousarray(shard.vectors[np.sort(rows)], np.float32)
 
 
 def read_vectors(shard: Shard, ids: Int64) -> Float32:
-    """Read the vectors of faces that a shard holds, (n, 128)."""
+    """Read the vectors of faces that a shard holds, (n, dim)."""
     return np.ascontiguousarray(shard.vectors[shard.find_rows(ids)[1]], np.float32)
 
 

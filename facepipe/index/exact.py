@@ -41,7 +41,7 @@ def search_exactly(queries: Float32, blocks: Iterable[VectorBlock], k: int, devi
     facepipe.nearest.knn_gpu searches, which rules out none wrongly.
 
     Args:
-        queries: (n, 128).
+        queries: (n, dim).
         blocks: the vectors.
         k: neighbours per query.
         device: `cpu`, or a device of torch.
@@ -65,7 +65,7 @@ def scan_within(index: Index, queries: Float32, radius: float, max_faces: int = 
 
     Args:
         index: that is searched.
-        queries: unit vectors (n, 128).
+        queries: unit vectors (n, dim).
         radius: distance.
         max_faces: maximum faces per query, the nearest.
 
@@ -87,7 +87,7 @@ def scan_within(index: Index, queries: Float32, radius: float, max_faces: int = 
 
 
 def find_within(queries: Float32, blocks: Iterable[VectorBlock], radius: float) -> "Iterator[FoundPairs]":
-    """Find the vectors of each block within a Euclidean distance of queries (n, 128)."""
+    """Find the vectors of each block within a Euclidean distance of queries (n, dim)."""
     for block in blocks:
         vectors = np.ascontiguousarray(block.vectors)
         for at in range(0, len(queries), _QUERIES_PER_PRODUCT):

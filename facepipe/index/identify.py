@@ -9,7 +9,6 @@ import pyarrow.compute as pc
 
 from facepipe.index.decide import UNKNOWN, DecisionRule, decide_identities
 from facepipe.index.search import Index
-from facepipe.schema import EMBEDDING_DIM
 from facepipe.types import Bool, Float32, Int64
 
 # Neighbours per face: at first, and at most if all of them are of one person.
@@ -82,7 +81,7 @@ def find_candidates(index: Index, vectors: Float32, threshold: float, rule: Deci
 
     Args:
         index: index of the gallery.
-        vectors: unit vectors (n, 128).
+        vectors: unit vectors (n, dim).
         threshold: largest distance that still counts as a match.
         rule: how a name is decided; see `decide_identities`.
     """
@@ -168,7 +167,7 @@ def identify_rows(index: Index, rows: pa.Table, threshold: float, rule: Decision
     has_face = pc.is_valid(rows["embedding"]).to_numpy(zero_copy_only=False)
     faces = np.flatnonzero(has_face)
     values = pc.list_flatten(rows["embedding"].combine_chunks().drop_null())
-    vectors = np.asarray(values.to_numpy(zero_copy_only=False), np.float32).reshape(-1, EMBEDDING_DIM)
+    vectors = np.asarray(values.to_numpy(zero_copy_only=False), np.float32).reshape(-1, index.dim)
     found = find_candidates(index, vectors, threshold, rule)
 
     def spread(values: npt.NDArray[np.generic], kind: pa.DataType, is_null: Bool) -> pa.Array:

@@ -21,6 +21,7 @@ from facepipe import storage
 from facepipe.errors import GalleryBusyError, IndexDamagedError, IndexingError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.gallery.commits.log import sync_log
+from facepipe.schema import DEFAULT_DIM
 from facepipe.storage import conditional
 from facepipe.storage.inside import is_inside, require_no_link
 from facepipe.storage.lease import Lease
@@ -233,6 +234,11 @@ class Manifest:
     replaced: tuple[ReplacedShard, ...] = ()
     lease: str = ""
     targets: tuple[TargetCurve, ...] = ()
+
+    @property
+    def dim(self) -> int:
+        """Numbers per vector."""
+        return int(self.contract.get("dim", DEFAULT_DIM))
 
     @property
     def live(self) -> int:

@@ -7,14 +7,14 @@ from typing import Any
 
 from facepipe.errors import ConfigError
 from facepipe.nearest.faiss_engine import faiss
-from facepipe.schema import EMBEDDING_DIM
+from facepipe.schema import DEFAULT_DIM
 
 # From this many vectors on an index has inverted lists; below, it compares with all vectors.
 MIN_INVERTED_VECTORS = 50_000
 FLAT = "IDMap2,Flat"
 MAX_SHARD_VECTORS = 8_000_000
 _MIN_BUDGET_SHARD_VECTORS = 100_000  # a tight budget does not make shards smaller than this
-_VECTOR_BYTES = 4 * EMBEDDING_DIM
+_NUMBER_BYTES = 4
 _SIDE_BYTES = 12  # per vector: its id and its row; the vector itself comes on top
 _POINTS_PER_LIST = 128  # training vectors per list: against 64 the same recall with 8 % less to scan
 _MIN_POINTS_PER_LIST = 39  # faiss warns below
@@ -39,10 +39,11 @@ class IndexPlan:
         train: Vectors to train on.
         shard_vectors: Vectors per shard.
         shard_limit: Maximum vectors per shard.
-        vector_bytes: Code and id of a vector in the index; its side files take 524 more.
+        vector_bytes: Code and id of a vector in the index; its side files take the vector and 12 more.
         base: What the process holds already.
         train_memory: Peak of training, above the base.
         shard_memory: Peak of building a shard, above the base.
+        dim: Numbers per vector.
     """
 
     vectors: int
@@ -55,6 +56,7 @@ class IndexPlan:
     base: int
     train_memory: int
     shard_memory: int
+    dim: int = DEFAULT_DIM
 
     @property
     def memory(self) -> int:
@@ -64,14 +66,15 @@ class IndexPlan:
     @property
     def disk(self) -> int:
         """Bytes of the index with its side files, without the names and labels of images."""
-        return self.vectors * (self.vector_bytes + _VECTOR_BYTES + _SIDE_BYTES) + self.lists * _VECTOR_BYTES
+        side = _NUMBER_BYTES * self.dim + _SIDE_BYTES
+        return self.vectors * (self.vector_bytes + side) + self.lists * _NUMBER_BYTES * self.dim
 
     def describe(self) -> str:
         """Describe the plan in one line, for people."""
         shards = -(-self.vectors // self.shard_vectors) if self.vectors else 0
         return (
             f"plan: {self.vectors} faces, {self.factory}, {self.vector_bytes} bytes per face in the index and "
-            f"{_VECTOR_BYTES + _SIDE_BYTES} beside it; trains on {self.train}; "
+            f"{_NUMBER_BYTES * self.dim + _SIDE_BYTES} beside it; trains on {self.train}; "
             f"{shards} shards of {self.shard_vectors}; memory {format_size(self.memory)} "
             f"({format_size(self.base)} now, training {format_size(self.train_memory)}, "
             f"a shard {format_size(self.shard_memory)}); disk {format_size(self.disk)}"
@@ -85,6 +88,7 @@ def make_plan(
     factory: str | None = None,
     shard_vectors: int | None = None,
     trained: bool = False,
+    dim: int = DEFAULT_DIM,
 ) -> IndexPlan:
     """Make the plan for a number of vectors within a memory budget.
 
@@ -99,15 +103,18 @@ def make_plan(
         factory: factory string of faiss instead of the planned one.
         shard_vectors: maximum vectors per shard, by default what the memory allows.
         trained: whether the factory is trained already, so that only the shards count.
+        dim: numbers per vector.
 
     Raises:
         ConfigError: the budget is too small; the message names the smallest that works.
     """
     is_requested = factory is not None
-    factory = factory or (FLAT if vectors < MIN_INVERTED_VECTORS else _name_factory(_choose_lists(vectors)))
+    factory = factory or (FLAT if vectors < MIN_INVERTED_VECTORS else _name_factory(_choose_lists(vectors), dim))
     points = _POINTS_PER_LIST
     while True:
-        plan = _compute_plan(vectors, memory, base, factory=factory, points=points, shard_vectors=shard_vectors)
+        plan = _compute_plan(
+            vectors, memory, base, factory=factory, points=points, shard_vectors=shard_vectors, dim=dim
+        )
         if trained:
             plan = replace(plan, train=0, train_memory=0)
         if base + plan.train_memory <= memory:
@@ -116,7 +123,7 @@ def make_plan(
         if points > _MIN_POINTS_PER_LIST:
             points = max(_MIN_POINTS_PER_LIST, int(points * 0.8))
         elif not is_requested and plan.lists > _MIN_LISTS:
-            factory = _name_factory(plan.lists // 2)
+            factory = _name_factory(plan.lists // 2, dim)
             points = _POINTS_PER_LIST
         else:
             break
@@ -137,18 +144,19 @@ def is_outgrown(lists: int, vectors: int) -> bool:
 
 
 def _compute_plan(
-    vectors: int, memory: int, base: int, *, factory: str, points: int, shard_vectors: int | None
+    vectors: int, memory: int, base: int, *, factory: str, points: int, shard_vectors: int | None, dim: int
 ) -> IndexPlan:
     """Compute the sizes of an index with a given factory and given training vectors (`points`) per list."""
     lists = parse_lists(factory)
-    code = compute_code_bytes(factory)
+    code = compute_code_bytes(factory, dim)
+    vector_bytes = _NUMBER_BYTES * dim
     train = min(vectors, max(points * lists, _MIN_TRAINING_VECTORS)) if lists else 0
     # Training holds the sample, three sets of centroids and one batch.
-    train_memory = train * _VECTOR_BYTES + 3 * lists * _VECTOR_BYTES + (_BATCH_BYTES if lists else 0)
+    train_memory = train * vector_bytes + 3 * lists * vector_bytes + (_BATCH_BYTES if lists else 0)
     # Growing lists double their capacity, and ids are sorted once: 24 bytes beside them.
     bytes_per_vector = 2 * code + 24
     # Each list is padded to a block of 32 codes.
-    fixed = _BATCH_BYTES + lists * (_VECTOR_BYTES + 32 * code)
+    fixed = _BATCH_BYTES + lists * (vector_bytes + 32 * code)
     fitting = max(0, memory - base - fixed) // bytes_per_vector
     by_memory = min(MAX_SHARD_VECTORS, max(fitting, min(vectors, _MIN_BUDGET_SHARD_VECTORS)))
     limit = max(1, shard_vectors or by_memory)
@@ -164,12 +172,15 @@ def _compute_plan(
         base=base,
         train_memory=train_memory,
         shard_memory=fixed + min(vectors, even) * bytes_per_vector,
+        dim=dim,
     )
 
 
-def _name_factory(lists: int) -> str:
+def _name_factory(lists: int, dim: int) -> str:
     graph = "_HNSW32" if lists >= _MIN_HNSW_LISTS else ""
-    return f"IVF{lists}{graph},PQ{EMBEDDING_DIM // 2}x4fs"
+    # A code has half a byte for two numbers, so an odd length gets a zero more.
+    pad = f"Pad{dim + 1}," if dim % 2 else ""
+    return f"{pad}IVF{lists}{graph},PQ{(dim + 1) // 2}x4fs"
 
 
 def _choose_lists(vectors: int) -> int:
@@ -189,13 +200,13 @@ def parse_lists(factory: str) -> int:
     return int(match[1]) if match else 0
 
 
-def compute_code_bytes(factory: str) -> int:
+def compute_code_bytes(factory: str, dim: int = DEFAULT_DIM) -> int:
     """Compute the bytes of a vector's code, without its id."""
-    ivf = faiss.try_extract_index_ivf(open_factory(factory))
-    return _VECTOR_BYTES if ivf is None else int(ivf.code_size)
+    ivf = faiss.try_extract_index_ivf(open_factory(factory, dim))
+    return _NUMBER_BYTES * dim if ivf is None else int(ivf.code_size)
 
 
-def open_factory(factory: str) -> Any:
+def open_factory(factory: str, dim: int = DEFAULT_DIM) -> Any:
     """Create the empty, untrained index of a factory string.
 
     Exact indexes (`Flat`) and inverted files (`IVF...`) are usable, with or without a transform before them. They take
@@ -205,9 +216,9 @@ def open_factory(factory: str) -> Any:
         ConfigError: facepipe cannot use the factory.
     """
     try:
-        index = faiss.index_factory(EMBEDDING_DIM, factory)
+        index = faiss.index_factory(dim, factory)
     except RuntimeError as error:
-        raise ConfigError(f"faiss does not know the factory {factory!r}") from error
+        raise ConfigError(f"faiss does not know the factory {factory!r} for vectors of {dim} numbers") from error
     if factory != FLAT and faiss.try_extract_index_ivf(index) is None:
         raise ConfigError(f"the factory {factory!r} does not support shards and deletion: use Flat or IVF…")
     return index

@@ -17,7 +17,7 @@ from facepipe.errors import ConfigError, ContractError, SourceError
 from facepipe.gallery import Contract, Gallery
 from facepipe.gallery.contract import CONTRACT_PROPERTY
 from facepipe.hashing import hash64
-from facepipe.schema import EMBEDDING_DIM, OK
+from facepipe.schema import OK
 from facepipe.sources.parquet import ParquetListing, has_images, list_parquet_files
 from facepipe.types import Float32, Int64
 
@@ -26,6 +26,7 @@ VECTOR_COLUMNS = ("embedding", "vector")
 _VECTORS = " or ".join(VECTOR_COLUMNS)
 _NAME_COLUMNS = ("query_id", "face_id", "id", "uri")  # columns that may name a query; the first one present wins
 _BATCH_ROWS = 8192
+_FIRST_ROWS = 64  # that tell the length of the vectors
 # A shorter vector counts as zero. A norm within the tolerance of 1 is left as it is.
 _ZERO_NORM = 1e-12
 _UNIT_TOLERANCE = 1e-5
@@ -88,7 +89,7 @@ class Queries:
         names: Names, Arrow strings.
         uris: URIs of images, Arrow strings, null if unknown.
         own: Their own face ids (n,), or -1.
-        vectors: Unit vectors (n, 128), zero if the query cannot be searched.
+        vectors: Unit vectors (n, dim), zero if the query cannot be searched.
         status: `ok`, or why the query cannot be searched, (n,).
     """
 
@@ -217,6 +218,7 @@ def _open_file(path: str, contract: Contract) -> QueryFile | None:
     with _open_parquet(path) as file:
         schema = file.schema_arrow
         metadata = file.metadata
+        first = _read_first_length(file, contract.dim)
     column = next((name for name in VECTOR_COLUMNS if name in schema.names), None)
     if column is None:
         if not has_images(schema):
@@ -226,8 +228,20 @@ def _open_file(path: str, contract: Contract) -> QueryFile | None:
             )
         return None
     _check_schema(schema, column, contract, path)
+    if first is not None:
+        raise ConfigError(f"{path}: embeddings have {first} dimensions, the gallery's have {contract.dim}")
     groups = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
     return QueryFile(path, column, fingerprint, groups)
+
+
+def _read_first_length(file: pq.ParquetFile, dim: int) -> int | None:
+    """Read the length of a file's first vector if the first rows have vectors, and none of them is usable."""
+    column = next((name for name in VECTOR_COLUMNS if name in file.schema_arrow.names), None)
+    if column is None or not pa.types.is_list(file.schema_arrow.field(column).type):
+        return None
+    batch = next(file.iter_batches(_FIRST_ROWS, columns=[column]), None)
+    lengths = [] if batch is None else pc.list_value_length(batch[column]).drop_null().to_pylist()
+    return lengths[0] if lengths and dim not in lengths else None
 
 
 def _describe_files(files: list[QueryFile], listing: ParquetListing) -> tuple[str, ...]:
@@ -256,11 +270,11 @@ def _check_schema(schema: pa.Schema, column: str, contract: Contract, path: str)
             raise ContractError(f"{path}: {error}") from error
     kind = schema.field(column).type
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
-        raise ConfigError(f"{path}: the column {column} is {kind}, not a list of {EMBEDDING_DIM} numbers")
+        raise ConfigError(f"{path}: the column {column} is {kind}, not a list of {contract.dim} numbers")
     if not (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)):
         raise ConfigError(f"{path}: the column {column} is a list of {kind.value_type}, not of numbers")
-    if pa.types.is_fixed_size_list(kind) and kind.list_size != EMBEDDING_DIM:
-        raise ConfigError(f"{path}: embeddings have {kind.list_size} dimensions, the gallery's have {EMBEDDING_DIM}")
+    if pa.types.is_fixed_size_list(kind) and kind.list_size != contract.dim:
+        raise ConfigError(f"{path}: embeddings have {kind.list_size} dimensions, the gallery's have {contract.dim}")
 
 
 @contextmanager
@@ -272,8 +286,12 @@ def _open_parquet(path: str) -> Iterator[pq.ParquetFile]:
             raise SourceError(f"cannot read {path!r}: {str(error).splitlines()[0]}") from error
 
 
-def read_block(block: QueryBlock) -> Iterator[Queries]:
+def read_block(block: QueryBlock, dim: int) -> Iterator[Queries]:
     """Read the queries of a block, some thousands at a time.
+
+    Args:
+        block: of a source.
+        dim: numbers per vector of the index.
 
     Raises:
         SourceError: a file cannot be read, or has changed since the search was planned.
@@ -289,7 +307,7 @@ def read_block(block: QueryBlock) -> Iterator[Queries]:
                 if piece.group is None:  # a gallery's file: rows without a face are not queries
                     batch = batch.filter(batch["face_id"].is_valid())
                 if batch.num_rows:
-                    yield _to_queries(batch, piece.column, first)
+                    yield _to_queries(batch, piece.column, first, dim)
                 first += batch.num_rows
 
 
@@ -308,7 +326,7 @@ def _is_name(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind))
 
 
-def _to_queries(batch: pa.RecordBatch, column: str, first: int) -> Queries:
+def _to_queries(batch: pa.RecordBatch, column: str, first: int, dim: int) -> Queries:
     """Convert a batch; `first` is the number of its first row, which names queries without a name."""
     columns = batch.schema.names
     rows = batch.num_rows
@@ -319,7 +337,7 @@ def _to_queries(batch: pa.RecordBatch, column: str, first: int) -> Queries:
     own = np.full(rows, -1, np.int64)
     if has_face_ids:
         own = batch["face_id"].cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False)
-    vectors, status = read_query_vectors(batch[column])
+    vectors, status = read_query_vectors(batch[column], dim)
     return Queries(
         names=pc.coalesce(batch[name_column].cast(pa.string()), numbers) if name_column else numbers,
         uris=batch["uri"].cast(pa.string()) if "uri" in columns else pa.nulls(rows, pa.string()),
@@ -329,12 +347,12 @@ def _to_queries(batch: pa.RecordBatch, column: str, first: int) -> Queries:
     )
 
 
-def read_query_vectors(column: Any) -> "QueryVectors":
-    """Read a column of lists of numbers, and scale the vectors to unit norm.
+def read_query_vectors(column: Any, dim: int) -> "QueryVectors":
+    """Read a column of lists of `dim` numbers, and scale the vectors to unit norm.
 
     A gallery's own vectors stay the same, bit by bit.
     """
-    values, complete = read_embeddings(column)
+    values, complete = read_embeddings(column, dim)
     # A copy, because the vectors are scaled in place.
     vectors = np.array(values, np.float32)
     status = np.full(len(vectors), OK, object)
@@ -342,7 +360,7 @@ def read_query_vectors(column: Any) -> "QueryVectors":
     # Note why a query cannot be searched: a wrong length, values that are not finite, or a zero norm.
     for n in np.flatnonzero(~complete):
         length = lengths[int(n)].as_py()
-        status[n] = "no embedding" if length is None else f"{length} dimensions, not {EMBEDDING_DIM}"
+        status[n] = "no embedding" if length is None else f"{length} dimensions, not {dim}"
     finite = np.asarray(np.isfinite(vectors).all(axis=1))
     norms = np.linalg.norm(np.where(finite[:, None], vectors, 0).astype(np.float64), axis=1)
     status[complete & ~finite] = "not finite"
@@ -359,7 +377,7 @@ class QueryVectors(NamedTuple):
     """Vectors of queries.
 
     Attributes:
-        vectors: Unit vectors (n, 128), zero if the query cannot be searched.
+        vectors: Unit vectors (n, dim), zero if the query cannot be searched.
         status: `ok`, or why the query cannot be searched, (n,).
     """
 

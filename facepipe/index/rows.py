@@ -12,7 +12,6 @@ from facepipe import storage
 from facepipe.arrow import read_embeddings
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
-from facepipe.schema import EMBEDDING_DIM
 from facepipe.storage.hashtable import HashTable
 from facepipe.types import Bool, Float32, Int64
 
@@ -28,7 +27,7 @@ class FaceRows:
 
     Attributes:
         ids: Face ids (n,).
-        vectors: Vectors (n, 128) of unit norm.
+        vectors: Vectors (n, dim) of unit norm.
         uris: URIs of the images, Arrow strings.
         identities: Identities, Arrow strings.
     """
@@ -63,20 +62,25 @@ class SkippedRows:
 
 
 def read_face_rows(
-    folder: str, files: Sequence[str], only: HashTable | None = None, skipped: SkippedRows | None = None
+    folder: str,
+    files: Sequence[str],
+    dim: int,
+    only: HashTable | None = None,
+    skipped: SkippedRows | None = None,
 ) -> Iterator[FaceRows]:
     """Read the faces of table files, a batch at a time.
 
     Args:
         folder: of the table.
         files: paths below the folder.
+        dim: numbers per embedding.
         only: ids to keep; by default all.
         skipped: counts the rows that cannot be searched.
     """
     skipped = skipped or SkippedRows()
     for path in files:
         for batch in _read_batches(folder, path, ["face_id", "embedding", "uri", "identity"]):
-            rows = _to_face_rows(batch, skipped)
+            rows = _to_face_rows(batch, dim, skipped)
             if only is not None and len(rows):
                 rows = rows.filter(only.get(rows.ids.astype(np.uint64))[0])
             if len(rows):
@@ -101,28 +105,28 @@ def _read_batches(folder: str, path: str, columns: list[str]) -> Iterator[pa.Rec
         raise StorageError(f"cannot read {full_path!r}: {str(error).splitlines()[0]}") from error
 
 
-def _to_face_rows(batch: pa.RecordBatch, skipped: SkippedRows) -> FaceRows:
-    vectors, usable = read_unit_vectors(batch["embedding"])
+def _to_face_rows(batch: pa.RecordBatch, dim: int, skipped: SkippedRows) -> FaceRows:
+    vectors, usable = read_unit_vectors(batch["embedding"], dim)
     skipped.unusable += int((~usable).sum())
     identities = batch["identity"].cast(pa.string())
     rows = FaceRows(batch["face_id"].to_numpy(), vectors, batch["uri"].cast(pa.string()), identities)
     return rows.filter(usable)
 
 
-def read_unit_vectors(column: Any) -> tuple[Float32, Bool]:
-    """Read a column of embeddings.
+def read_unit_vectors(column: Any, dim: int) -> tuple[Float32, Bool]:
+    """Read a column of embeddings of `dim` numbers.
 
     Returns:
-        Vectors (n, 128), and whether (n,) each is finite and of unit norm.
+        Vectors (n, dim), and whether (n,) each is finite and of unit norm.
     """
-    vectors, complete = read_embeddings(column)
+    vectors, complete = read_embeddings(column, dim)
     squared_norms = np.einsum("nd,nd->n", vectors, vectors)
     # The comparison is false for NaN and infinity.
     return vectors, complete & (np.abs(squared_norms - 1) < 2 * _NORM_TOLERANCE)
 
 
 def sample_vectors(gallery: Gallery, count: int, seed: int) -> Float32:
-    """Draw a seeded sample of about `count` vectors (n, 128) over all files of the table.
+    """Draw a seeded sample of about `count` vectors (n, dim) over all files of the table.
 
     Of a table with more than 4,096 files that many are drawn first, each with a chance in proportion to its rows.
     """
@@ -135,12 +139,13 @@ def sample_vectors(gallery: Gallery, count: int, seed: int) -> Float32:
         chosen = np.sort(rng.choice(len(paths), _MAX_SAMPLED_FILES, replace=False, p=weights / weights.sum()))
         paths = [paths[n] for n in chosen]
         weights = weights[chosen]
-    sample = np.empty((count, EMBEDDING_DIM), np.float32)
+    dim = gallery.dim
+    sample = np.empty((count, dim), np.float32)
     # 2 % more than needed, since the number drawn varies.
     share = min(1.0, 1.02 * count / max(1.0, weights.sum()))
     size = 0
     for path in paths:
-        for rows in read_face_rows(gallery.faces_folder, [path]):
+        for rows in read_face_rows(gallery.faces_folder, [path], dim):
             picked = rows.vectors if share >= 1 else rows.vectors[rng.random(len(rows)) < share]
             picked = picked[: count - size]
             sample[size : size + len(picked)] = picked

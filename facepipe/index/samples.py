@@ -23,7 +23,7 @@ class RecallSample:
     """Faces of the gallery as queries, with their true neighbours.
 
     Attributes:
-        queries: Vectors (m, 128).
+        queries: Vectors (m, dim).
         own: Their own face ids (m,).
         truth: Face ids (m, k) of the k nearest others.
         distances: Their distances (m, k).
@@ -75,7 +75,7 @@ class RadiusSample:
     """Faces of the gallery as queries, with those that are truly within a radius of each.
 
     Attributes:
-        queries: Vectors (m, 128).
+        queries: Vectors (m, dim).
         own: Their own face ids (m,).
         truth: Per query face ids of others within the radius: all, or some drawn from all.
         counts: How many others are within the radius, (m,).

@@ -21,7 +21,6 @@ from facepipe.index.shard import Shard, merge_indexes
 from facepipe.index.update import find_unreturned
 from facepipe.nearest.distances import Hits, compute_pair_distances, find_smallest
 from facepipe.nearest.faiss_engine import faiss
-from facepipe.schema import EMBEDDING_DIM
 from facepipe.types import Float32, Int64
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ class Index:
     """The published index of a gallery, opened read-only.
 
         index = facepipe.Index("G")
-        hits = index.search(vectors, k=10)                 # vectors: (n, 128) float32 of unit norm
+        hits = index.search(vectors, k=10)                 # vectors: (n, dim) float32 of unit norm
         hits.ids, hits.distances                           # (n, 10); distances are Euclidean
         index.to_pandas(hits)                              # a row per hit, with uri and identity
         answers = index.search_within(vectors, radius=0.4) # all faces within a distance
@@ -217,6 +216,11 @@ class Index:
         self._scanner = self._create_scanner()
 
     @property
+    def dim(self) -> int:
+        """Numbers per vector."""
+        return self.manifest.dim
+
+    @property
     def lists(self) -> int:
         """Inverted lists; 0 for an exact index."""
         return self._scanner.lists if self._scanner else 0
@@ -238,7 +242,7 @@ class Index:
         """Find after how many other lists a query visits those of faces.
 
         Args:
-            queries: unit vectors (n, 128).
+            queries: unit vectors (n, dim).
             ids: face ids (n, w); -1 for none.
 
         Returns:
@@ -254,7 +258,7 @@ class Index:
         """Find the k nearest faces of each query; fewer only if the gallery holds fewer.
 
         Args:
-            queries: unit vectors (n, 128).
+            queries: unit vectors (n, dim).
             k: faces per query.
             setting: how hard to search; by default what reaches the index's recall for k neighbours.
 
@@ -264,7 +268,7 @@ class Index:
         Raises:
             ConfigError: k is below 1, or the queries are not unit vectors.
         """
-        queries = _check_queries(queries)
+        queries = self._check_queries(queries)
         self.follow_erasures()
         if k < 1:
             raise ConfigError(f"k must be at least 1, got {k}")
@@ -284,7 +288,7 @@ class Index:
         `facepipe.index.exact.scan_within` finds all of them.
 
         Args:
-            queries: unit vectors (n, 128).
+            queries: unit vectors (n, dim).
             radius: distance.
             max_faces: maximum faces per query.
             setting: how hard to search; by default what reaches the index's recall within the radius.
@@ -292,7 +296,7 @@ class Index:
         Returns:
             Per query (ids, distances), nearest first.
         """
-        queries = _check_queries(queries)
+        queries = self._check_queries(queries)
         self.follow_erasures()
         chosen = setting or self.choose_setting(radius=radius)
         parts = self._map_chunks(
@@ -333,9 +337,9 @@ class Index:
         return labels.assign(**columns)[[*columns, *labels.columns]]
 
     def get_vectors(self, ids: Int64) -> Float32:
-        """Return the vectors (n, 128) of face ids (n,); zeros for ids that the index does not hold, or has erased."""
+        """Return the vectors (n, dim) of face ids (n,); zeros for ids that the index does not hold, or has erased."""
         self.follow_erasures()
-        vectors = np.zeros((len(ids), EMBEDDING_DIM), np.float32)
+        vectors = np.zeros((len(ids), self.dim), np.float32)
         for shard, (positions, rows) in zip(self.shards, self._locate(ids), strict=True):
             vectors[positions] = shard.vectors[rows]
         vectors[np.isin(ids, self._excluded)] = 0
@@ -448,6 +452,15 @@ class Index:
             )
         return distances
 
+    def _check_queries(self, queries: Float32) -> Float32:
+        if queries.ndim != 2 or queries.shape[1] != self.dim:
+            raise ConfigError(f"queries are (n, {self.dim}) vectors, got an array of shape {queries.shape}")
+        queries = np.ascontiguousarray(queries, np.float32)
+        norms = np.linalg.norm(queries, axis=1)
+        if not np.all(np.abs(norms - 1) < 1e-2):  # also if they are NaN
+            raise ConfigError("queries must be finite vectors of unit norm: divide each by its norm")
+        return queries
+
     def _locate(self, ids: Int64) -> Iterator[tuple[Int64, Int64]]:
         """Yield for each shard the positions in `ids` of those that it holds and no newer one does, and their rows."""
         pending = np.arange(len(ids))
@@ -455,13 +468,3 @@ class Index:
             in_shard, rows = shard.find_rows(ids[pending])
             yield pending[in_shard], rows[in_shard]
             pending = pending[~in_shard]
-
-
-def _check_queries(queries: Float32) -> Float32:
-    if queries.ndim != 2 or queries.shape[1] != EMBEDDING_DIM:
-        raise ConfigError(f"queries are (n, {EMBEDDING_DIM}) vectors, got an array of shape {queries.shape}")
-    queries = np.ascontiguousarray(queries, np.float32)
-    norms = np.linalg.norm(queries, axis=1)
-    if not np.all(np.abs(norms - 1) < 1e-2):  # also if they are NaN
-        raise ConfigError("queries must be finite vectors of unit norm: divide each by its norm")
-    return queries

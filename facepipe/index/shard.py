@@ -34,7 +34,6 @@ from facepipe.index.manifest import (
 )
 from facepipe.index.rows import FaceRows
 from facepipe.nearest.faiss_engine import faiss, write_index
-from facepipe.schema import EMBEDDING_DIM
 from facepipe.storage import describe_error, sync_file, sync_folder
 from facepipe.storage.inside import require_no_link
 from facepipe.storage.store import AlteredFileError, Store
@@ -103,7 +102,7 @@ class ShardWriter:
             # Complete the files of the folder.
             self._labels.close()
             self._vectors.seek(0)
-            self._vectors.write(_build_npy_header(self._count))
+            self._vectors.write(_build_npy_header(self._count, self._index.d))
             self._vectors.close()
             self._write_ids()
             write_index(self._index, os.path.join(self._partial, INDEX))
@@ -157,16 +156,16 @@ class _LabelWriter:
             self._file = None
 
 
-def _build_npy_header(rows: int) -> bytes:
-    """Build the header of a (rows, 128) float32 .npy file, always 128 bytes long."""
-    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {EMBEDDING_DIM}), }}"
+def _build_npy_header(rows: int, dim: int) -> bytes:
+    """Build the header of a (rows, dim) float32 .npy file, always 128 bytes long."""
+    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {dim}), }}"
     # Magic, version 1.0 and the header's length in two bytes; then the text, padded with spaces.
     start = b"\x93NUMPY\x01\x00" + (_NPY_HEADER_BYTES - 10).to_bytes(2, "little")
     return start + text.encode().ljust(_NPY_HEADER_BYTES - 11) + b"\n"
 
 
 def add_vectors(index: Any, vectors: Float32, ids: Int64) -> None:
-    """Add unit vectors (n, 128) to an index: rounded to the grid if it has lists, unchanged if it is exact."""
+    """Add unit vectors (n, dim) to an index: rounded to the grid if it has lists, unchanged if it is exact."""
     has_lists = faiss.try_extract_index_ivf(index) is not None
     for at in range(0, len(ids), _ADD_ROWS):
         part = np.ascontiguousarray(vectors[at : at + _ADD_ROWS])
@@ -315,7 +314,7 @@ class Shard:
 
     @cached_property
     def vectors(self) -> Float32:
-        """Vectors (n, 128) by row. Those of a mirrored shard are fetched on first use."""
+        """Vectors (n, dim) by row. Those of a mirrored shard are fetched on first use."""
         return self._map(VECTORS, scattered=True)
 
     def _require(self, name: str) -> str:
@@ -337,10 +336,11 @@ class Shard:
     def read_vectors(self, start: int, stop: int) -> Float32:
         """Read the vectors of rows from `start` up to `stop` in sequence; mapping all of them would fill the memory."""
         # Numbers to read, and the bytes before them.
-        count = max(0, min(stop, len(self.vectors)) - start) * EMBEDDING_DIM
-        offset = _NPY_HEADER_BYTES + 4 * EMBEDDING_DIM * start
+        rows, dim = self.vectors.shape
+        count = max(0, min(stop, rows) - start) * dim
+        offset = _NPY_HEADER_BYTES + 4 * dim * start
         path = self._require(VECTORS)  # it may have been deleted since the index was opened
-        return np.fromfile(path, np.float32, count, offset=offset).reshape(-1, EMBEDDING_DIM)
+        return np.fromfile(path, np.float32, count, offset=offset).reshape(-1, dim)
 
     def open_index(self, mapped: bool = True) -> Any:
         """Open the faiss index. A mapped one must not be changed: removing ids from it would crash the process."""

@@ -170,7 +170,12 @@ def _select_pareto(index: Index, points: Sequence[TargetPoint]) -> tuple[TargetP
 
     def estimate(point: TargetPoint) -> float:
         return estimate_lists(
-            index.live, lists=index.lists, shards=len(index.shards), nprobe=point.nprobe, rescore=point.rescore
+            index.live,
+            lists=index.lists,
+            shards=len(index.shards),
+            nprobe=point.nprobe,
+            rescore=point.rescore,
+            dim=index.dim,
         )
 
     selected: list[TargetPoint] = []

@@ -28,14 +28,14 @@ def train_template(sample: Float32, plan: IndexPlan, log: Callable[[str], None] 
     there are many lists (facepipe.index.two_level).
 
     Args:
-        sample: unit vectors (n, 128).
+        sample: unit vectors (n, dim).
         plan: names the factory.
         log: is called with the reason if there are GPUs and they cannot be used.
 
     Raises:
         ConfigError: there are fewer vectors than lists.
     """
-    index = open_factory(plan.factory)
+    index = open_factory(plan.factory, plan.dim)
     ivf = faiss.try_extract_index_ivf(index)
     # An exact index needs no training.
     if ivf is None:
@@ -50,7 +50,7 @@ def train_template(sample: Float32, plan: IndexPlan, log: Callable[[str], None] 
 
 def _train(sample: Float32, plan: IndexPlan, clustering_index: Any) -> Any:
     """Train with the index in which k-means looks for centroids; None for one on the CPU."""
-    index = open_factory(plan.factory)
+    index = open_factory(plan.factory, plan.dim)
     ivf = faiss.try_extract_index_ivf(index)
     ivf.cp.min_points_per_centroid = min(_POINTS_PER_LIST_TO_WARN, max(1, len(sample) // ivf.nlist))
     if clustering_index is not None:

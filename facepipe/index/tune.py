@@ -94,7 +94,12 @@ def _select_pareto(points: list[RecallPoint], index: Index) -> tuple[RecallPoint
 
     def estimate(point: RecallPoint) -> float:
         return estimate_lists(
-            index.live, lists=index.lists, shards=len(index.shards), nprobe=point.nprobe, rescore=point.rescore
+            index.live,
+            lists=index.lists,
+            shards=len(index.shards),
+            nprobe=point.nprobe,
+            rescore=point.rescore,
+            dim=index.dim,
         )
 
     # By rising cost, keep the points that reach more than all cheaper ones.

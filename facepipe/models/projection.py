@@ -1,7 +1,7 @@
-"""Bring vectors of another length to 128 with one matrix, fitted once and kept beside the model's TOML file.
+"""Bring vectors to fewer numbers with one matrix, fitted once and kept beside the model's TOML file.
 
 The projection is linear and uncentred. It then commutes with averaging the mirror image in and with normalising, so a
-raw vector may be projected before either. Of all matrices of rank 128 it changes the inner products of its sample least
+raw vector may be projected before either. Of all matrices of its rank it changes the inner products of its sample least
 (Eckart and Young, 1936). Centring, as in usual PCA, would measure angles from the mean face and not from the origin.
 """
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from facepipe.errors import ModelError, WeightsError
 from facepipe.models.protocols import Embedder, RunsOnDevice
-from facepipe.schema import EMBEDDING_DIM
+from facepipe.schema import DEFAULT_DIM
 from facepipe.storage import write
 from facepipe.types import Float32, Float64, UInt8Image
 
@@ -43,10 +43,10 @@ class SecondMoment:
 
 @dataclass(frozen=True)
 class Projection:
-    """A matrix that brings vectors to 128 dimensions.
+    """A matrix that brings vectors to fewer dimensions.
 
     Attributes:
-        matrix: (d, 128) with orthonormal columns.
+        matrix: (d, k) with orthonormal columns.
         energy: Share of the vectors' squared length that it keeps.
     """
 
@@ -54,23 +54,23 @@ class Projection:
     energy: float
 
 
-def fit_projection(moment: SecondMoment) -> Projection:
-    """Find the directions that hold most of the squared length.
+def fit_projection(moment: SecondMoment, dim: int = DEFAULT_DIM) -> Projection:
+    """Find the `dim` directions that hold most of the squared length.
 
     Raises:
         ModelError: There are too few vectors or dimensions.
     """
-    dim = len(moment.total)
-    if dim <= EMBEDDING_DIM:
-        reason = "needs no projection" if dim == EMBEDDING_DIM else f"cannot be brought to {EMBEDDING_DIM} without loss"
-        raise ModelError(f"a model of {dim} dimensions {reason}: only longer vectors are projected")
-    check_face_count(moment.count, dim)
+    own_dim = len(moment.total)
+    if own_dim <= dim:
+        reason = "needs no projection" if own_dim == dim else f"cannot be brought to {dim} without loss"
+        raise ModelError(f"a model of {own_dim} dimensions {reason}: only longer vectors are projected")
+    check_face_count(moment.count, own_dim)
     # Eigenvalues ascend, so the directions that hold most come last.
     values, vectors = np.linalg.eigh(moment.total)
-    top = vectors[:, ::-1][:, :EMBEDDING_DIM]
+    top = vectors[:, ::-1][:, :dim]
     # Eigenvectors have no sign of their own: the largest component of each is made positive.
-    top = top * np.sign(top[np.abs(top).argmax(0), np.arange(EMBEDDING_DIM)])
-    energy = float(values[::-1][:EMBEDDING_DIM].sum() / values.sum())
+    top = top * np.sign(top[np.abs(top).argmax(0), np.arange(dim)])
+    energy = float(values[::-1][:dim].sum() / values.sum())
     return Projection(top.astype(np.float32), energy)
 
 
@@ -110,7 +110,7 @@ def read_projection(path: Path, dim: int, sha256: str) -> Float32:
         sha256: Fingerprint of the model that the projection must belong to.
 
     Returns:
-        (dim, 128).
+        (dim, k).
 
     Raises:
         WeightsError: The file is missing or damaged, or belongs to another model.
@@ -126,9 +126,9 @@ def read_projection(path: Path, dim: int, sha256: str) -> Float32:
         raise WeightsError(f"the projection {str(path)!r} cannot be read: {error}") from error
     # A missing matrix is treated as one of the wrong shape.
     matrix = tensors.get(_TENSOR, np.empty((0, 0), np.float32))
-    if matrix.shape != (dim, EMBEDDING_DIM):
+    if matrix.ndim != 2 or matrix.shape[0] != dim or not 0 < matrix.shape[1] < dim:
         raise WeightsError(
-            f"{str(path)!r} holds no projection of {dim} dimensions to {EMBEDDING_DIM} (its shape is {matrix.shape}): "
+            f"{str(path)!r} holds no projection of {dim} dimensions to fewer (its shape is {matrix.shape}): "
             "it belongs to another model; `facepipe models project` fits one"
         )
     if fitted_on != sha256:
@@ -137,6 +137,24 @@ def read_projection(path: Path, dim: int, sha256: str) -> Float32:
             "(weights and input count): fit it again with `facepipe models project`"
         )
     return np.asarray(matrix, np.float32)
+
+
+def read_projected_dim(path: Path) -> int:
+    """Read to how many numbers a projection brings vectors, from the head of its file.
+
+    Raises:
+        WeightsError: The file is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            shape = file.get_slice(_TENSOR).get_shape()
+    except (OSError, SafetensorError, ValueError) as error:
+        raise WeightsError(f"the projection {str(path)!r} cannot be read: {error}") from error
+    if len(shape) != 2:
+        raise WeightsError(f"{str(path)!r} holds no projection: its shape is {tuple(shape)}")
+    return int(shape[1])
 
 
 class ProjectedEmbedder:
@@ -148,7 +166,7 @@ class ProjectedEmbedder:
     """
 
     def __init__(self, inner: Embedder, matrix: Float32):
-        """Wrap an embedder; the matrix is (d, 128)."""
+        """Wrap an embedder; the matrix is (d, k)."""
         self._inner = inner
         self._matrix = matrix
         self.size = inner.size
@@ -174,7 +192,7 @@ class ProjectedEmbedder:
 
 
 def project_rows(raw: Float32, matrix: Float32) -> Float32:
-    """Project vectors (n, d) with a matrix (d, 128), row by row.
+    """Project vectors (n, d) with a matrix (d, k), row by row.
 
     A product of whole matrices rounds by its shape, and a vector must not depend on its batch.
     """

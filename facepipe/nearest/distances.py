@@ -6,7 +6,6 @@ import numpy as np
 
 from facepipe.deprecation import warn_renamed
 from facepipe.nearest.faiss_engine import faiss
-from facepipe.schema import EMBEDDING_DIM
 from facepipe.types import Float32, Int64
 
 
@@ -62,9 +61,9 @@ def compute_pair_distances(queries: Float32, query_rows: Int64, vectors: Float32
     """Compute squared Euclidean distances of pairs of rows, without gathering the rows.
 
     Args:
-        queries: vectors (n, 128).
+        queries: vectors (n, d).
         query_rows: the row in `queries` of each pair, (m,).
-        vectors: vectors (p, 128).
+        vectors: vectors (p, d).
         vector_rows: the row in `vectors` of each pair, (m,).
 
     Returns:
@@ -77,7 +76,7 @@ def compute_pair_distances(queries: Float32, query_rows: Int64, vectors: Float32
         left_rows = np.ascontiguousarray(query_rows)
         right_rows = np.ascontiguousarray(vector_rows)
         faiss.pairwise_indexed_L2sqr(
-            EMBEDDING_DIM,
+            left.shape[1],
             len(vector_rows),
             faiss.swig_ptr(left),
             faiss.swig_ptr(left_rows),

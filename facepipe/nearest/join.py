@@ -26,7 +26,7 @@ def find_candidate_pairs(
     as far as `refine_pairs` keeps them.
 
     Args:
-        vectors: unit vectors (n, 128).
+        vectors: unit vectors (n, d).
         densities: densities (n,).
         threshold: similarity.
         max_neighbours: neighbours per row of a crowded block, and mean pairs per row above which a block is crowded.

@@ -57,7 +57,7 @@ def refine_pairs(vectors: Float32, densities: Float32, u: Int64, v: Int64, thres
     """Compute the distances of candidate pairs one by one, and keep the pairs that reach the threshold.
 
     Args:
-        vectors: unit vectors (n, 128).
+        vectors: unit vectors (n, d).
         densities: densities (n,).
         u: one position per candidate, (m,).
         v: the other position, (m,).

@@ -429,7 +429,7 @@ def _write_rule(
         decisions=decisions,
         next_person=next_person,
     ).save(folder)
-    sums = make_empty_clusters(next_number)
+    sums = make_empty_clusters(next_number, gallery.dim)
     order = _list_in_order(review)
     sums.sums[numbers[order]] = review.clusters.sums[order]
     sums.crowd[numbers[order]] = review.clusters.crowd[order]

@@ -34,7 +34,6 @@ from facepipe.nearest.similarity import Pairs
 from facepipe.reports.html import write_report
 from facepipe.reports.model import Figure
 from facepipe.reports.parquet import write_table
-from facepipe.schema import EMBEDDING_DIM
 from facepipe.storage import describe_error
 from facepipe.storage.lease import Lease
 from facepipe.types import Float32, Int64
@@ -193,7 +192,7 @@ def _compare(
     """
     if graph is None:
         no_ids = np.empty(0, np.int64)
-        nodes = Nodes(no_ids, np.empty(0, np.int8), np.empty((0, EMBEDDING_DIM), np.float32))
+        nodes = Nodes(no_ids, np.empty(0, np.int8), np.empty((0, galleries[0].dim), np.float32))
         table, _ = gather_faces(galleries, nodes)
         return find_duplicates(table, Pairs(no_ids, no_ids, np.empty(0, np.float32)), config.dedup), None
     # Nodes are faces of the graph. Their rows in the table are (n,), and each pair lists its smaller row first.

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from facepipe.errors import ContractError
 from facepipe.gallery import Contract
 from facepipe.models.zoo.registry import resolve_model_name
 from pipelines.embed.config import EmbedConfig
@@ -19,6 +20,11 @@ def build_query_config(base: EmbedConfig, contract: Contract, images: str, *, th
     Raises:
         ContractError: the gallery's models are not at hand as it names them.
     """
+    if contract.is_of_features:
+        raise ContractError(
+            f"the gallery holds {contract.embedder}, vectors of {contract.dim} numbers whose model is not here: images "
+            "cannot be compared with them. Give vectors of the same model, as a Parquet file with a column embedding"
+        )
     config = replace(
         base,
         source=replace(base.source, uri=images),

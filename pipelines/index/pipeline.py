@@ -30,7 +30,7 @@ from pipelines.runtime.runners import ray
 
 DEFAULT_RECALL = 0.97  # of a new index
 _GROWTH_TO_MEASURE = 0.25  # of the index, from which recall is measured again
-_BYTES_PER_FACE = 540  # on disk, at least
+_SIDE_BYTES = 28  # per face on disk beside its vector, at least
 _SECONDS_PER_HOUR = 3600.0
 
 OnProgress = Callable[[str], None]
@@ -129,7 +129,7 @@ class _IndexBuilder:
             self._reason = "built with another model contract"
             return None
         if self._factory is not None and self._factory != manifest.template.factory:
-            open_factory(self._factory)  # it raises for one that cannot be built anyway
+            open_factory(self._factory, self._gallery.dim)  # it raises for one that cannot be built anyway
             raise ConfigError(
                 f"the index is {manifest.template.factory}; `--retrain` with `--factory {self._factory}` builds another"
             )
@@ -229,6 +229,7 @@ class _IndexBuilder:
             factory=trained_factory or self._factory,
             shard_vectors=self._config.index.shard_vectors,
             trained=trained_factory is not None,
+            dim=self._gallery.dim,
         )
 
     def _train(self, plan: IndexPlan) -> Template:
@@ -259,7 +260,7 @@ class _IndexBuilder:
             # Of a file that other shards hold in part, only the fresh faces are taken.
             only = None if all(file.whole for file in group) else changes.fresh
             paths = [file.path for file in group]
-            rows = read_face_rows(self._gallery.faces_folder, paths, only, self._skipped)
+            rows = read_face_rows(self._gallery.faces_folder, paths, self._gallery.dim, only, self._skipped)
             entry = build_shard(self._store, template, rows)
             if entry is not None:
                 shards.append(entry)
@@ -268,7 +269,7 @@ class _IndexBuilder:
 
     def _check_disk(self, faces: int) -> None:
         # Fail early: a full disk in the middle of a build would waste hours.
-        needed = faces * _BYTES_PER_FACE
+        needed = faces * (4 * self._gallery.dim + _SIDE_BYTES)
         free = shutil.disk_usage(self._store.folder).free
         # What is kept for searches that began before makes room.
         if needed > free and self._current is not None and self._current.replaced:
@@ -290,7 +291,13 @@ class _IndexBuilder:
         # Tasks on other machines read the template from the store.
         self._store.upload([template.name])
         tasks = [
-            _ShardTask(self._gallery.path, template, self._gallery.faces_folder, [file.path for file in group])
+            _ShardTask(
+                gallery=self._gallery.path,
+                template=template,
+                faces=self._gallery.faces_folder,
+                files=[file.path for file in group],
+                dim=self._gallery.dim,
+            )
             for group in groups
         ]
         ray.start()
@@ -368,12 +375,14 @@ class _ShardTask:
         template: The trained, empty index.
         faces: Folder of the table.
         files: Paths below it.
+        dim: Numbers per embedding.
     """
 
     gallery: str
     template: Template
     faces: str
     files: list[str]
+    dim: int
 
 
 @dataclass(frozen=True)
@@ -387,7 +396,7 @@ class _ShardResult:
 def _build_shard(task: _ShardTask) -> _ShardResult:
     skipped = SkippedRows()
     store = manifests.open_index_store(task.gallery)
-    rows = read_face_rows(task.faces, task.files, None, skipped)
+    rows = read_face_rows(task.faces, task.files, task.dim, None, skipped)
     entry = build_shard(store, task.template, rows)
     if entry is not None:
         store.upload([entry.name])

@@ -1,4 +1,4 @@
-"""project: fit the matrix that reduces a model's vectors to the gallery's 128 dimensions."""
+"""project: fit the matrix that reduces a model's vectors to fewer numbers."""
 
 from pipelines.project.pipeline import ProjectConfig, ProjectSummary, run
 

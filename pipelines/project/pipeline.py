@@ -1,4 +1,4 @@
-"""project: fit the matrix that reduces a model's vectors to 128 dimensions, on the faces of a gallery.
+"""project: fit the matrix that reduces a model's vectors to fewer dimensions, on the faces of a gallery.
 
 One pass in this process. Memory holds second moments and the faces that the loss is measured on.
 """
@@ -21,7 +21,7 @@ from facepipe.models.protocols import Embedder
 from facepipe.models.runtime.device import resolve_device
 from facepipe.models.zoo.card_file import CardFile, read_card, to_toml
 from facepipe.models.zoo.loading import hash_without_projection, load_card, load_embedder
-from facepipe.schema import EMBEDDING_DIM, OK
+from facepipe.schema import DEFAULT_DIM, MAX_DIM, MIN_DIM, OK
 from facepipe.stages import Decode, Read
 from facepipe.storage import write
 from facepipe.types import Float32, UInt8
@@ -35,6 +35,7 @@ class ProjectConfig:
     """Configure the fit of a projection.
 
     Attributes:
+        dim: dimensions to reduce to.
         faces: maximum number of faces to fit on; at least ten times the model's dimensions, and the more the better.
         seed: random seed of the choice of faces and pairs.
         pairs: file of the pairs to measure the loss on: LFW's pairs.txt, or a CSV with file_x, file_y, same. Default:
@@ -48,6 +49,7 @@ class ProjectConfig:
         decode: stage that decodes images.
     """
 
+    dim: Annotated[int, Field(ge=MIN_DIM, le=MAX_DIM)] = DEFAULT_DIM
     faces: Annotated[int, Field(ge=1)] = 20_000
     seed: int = 0
     pairs: str | None = None
@@ -68,11 +70,12 @@ class ProjectSummary:
         card: TOML file of the projected model.
         projection: file of the matrix.
         dim: dimensions of the model.
+        reduced_dim: dimensions that it is reduced to.
         faces: faces fitted on.
         images: counts of images, by status.
-        energy: share of the vectors' squared length that 128 dimensions keep.
+        energy: share of the vectors' squared length that these keep.
         full: verification with all dimensions; None if it was not measured.
-        reduced: verification with 128 dimensions; None if it was not measured.
+        reduced: verification with the reduced dimensions; None if it was not measured.
         unmeasured: why it was not measured.
         measured_on_fit: whether pairs show faces that were fitted on, so that the real loss is slightly larger.
         seconds: duration.
@@ -81,6 +84,7 @@ class ProjectSummary:
     card: str = ""
     projection: str = ""
     dim: int = 0
+    reduced_dim: int = DEFAULT_DIM
     faces: int = 0
     images: dict[str, int] = field(default_factory=dict)
     energy: float = 0.0
@@ -95,7 +99,9 @@ class ProjectSummary:
 def run(
     config: ProjectConfig, card: str, gallery: str, log: Callable[[str], None] = lambda line: None
 ) -> ProjectSummary:
-    """Write NAME.projection.safetensors and NAME-128.toml beside a model's NAME.toml, which does not change.
+    """Write a projection and the TOML file NAME-DIM.toml, such as NAME-128.toml, beside a model's NAME.toml.
+
+    NAME.toml itself does not change.
 
     No detector runs: boxes and landmarks are the gallery's, whichever models it was made with.
 
@@ -108,12 +114,13 @@ def run(
     Raises:
         ConfigError: One of the files exists.
         GalleryError: The faces are not enough to fit on.
-        ModelError: The model has 128 dimensions or fewer, or the gallery has too few faces.
+        ModelError: The model has no more dimensions than wanted, or the gallery has too few faces.
     """
     began = time.monotonic()
     path = Path(card)
-    toml = path.with_name(f"{path.stem}-128.toml")
-    weights = path.with_name(f"{path.stem}.projection.safetensors")
+    toml = path.with_name(f"{path.stem}-{config.dim}.toml")
+    name = path.stem if config.dim == DEFAULT_DIM else f"{path.stem}-{config.dim}"
+    weights = path.with_name(f"{name}.projection.safetensors")
     for output in (toml, weights):
         if output.exists():
             raise ConfigError(f"{str(output)!r} exists: move it away, or copy {path.name} to another name")
@@ -122,7 +129,7 @@ def run(
     table.freeze()  # the faces are counted first, and read then
     # Choose the faces, and find out whether they are enough before any image is read.
     embedder = _load_model(path, card_file, config)
-    summary = ProjectSummary(str(toml), str(weights), embedder.dim)
+    summary = ProjectSummary(str(toml), str(weights), embedder.dim, config.dim)
     attach_summary(summary)
     sample = choose_faces(
         table, dim=embedder.dim, count=config.faces, held=config.held, seed=config.seed, pairs_file=config.pairs
@@ -156,9 +163,9 @@ def _load_model(path: Path, card_file: CardFile, config: ProjectConfig) -> Embed
     load_card(path)  # checks the weights' SHA-256
     threads = config.threads or detect_local_resources().cpus
     embedder = load_embedder(path, resolve_device(config.device), threads, raw=True)
-    # A model of 128 dimensions or fewer needs no projection.
-    if embedder.dim <= EMBEDDING_DIM:
-        fit_projection(SecondMoment(embedder.dim))  # raises and says why
+    # A model of as many dimensions or fewer needs no projection.
+    if embedder.dim <= config.dim:
+        fit_projection(SecondMoment(embedder.dim), config.dim)  # raises and says why
     return embedder
 
 
@@ -207,7 +214,7 @@ def _fit_projection(moment: SecondMoment, summary: ProjectSummary) -> Projection
     """Fit the projection. If that fails, the error counts the images that could not be used."""
     failed = sum(count for status, count in summary.images.items() if status != OK)
     try:
-        projection = fit_projection(moment)
+        projection = fit_projection(moment, summary.reduced_dim)
     except ModelError as error:
         hint = f"; {failed} images could not be read again or have changed" if failed else ""
         raise GalleryError(f"{error}{hint}") from error
@@ -218,7 +225,7 @@ def _fit_projection(moment: SecondMoment, summary: ProjectSummary) -> Projection
 def _measure_loss(
     summary: ProjectSummary, sample: FaceSample, raw_vectors: dict[int, Any], projection: Projection, seed: int
 ) -> None:
-    """Compare the verification of pairs with all dimensions and with 128, and note the result in the summary."""
+    """Compare the verification of pairs with all dimensions and with the reduced ones, and note it in the summary."""
     # Pairs come from the file, or are drawn from the labels of held-out persons.
     faces = list(raw_vectors)
     pairs = sample.build_pairs(faces) or draw_pairs(sample.get_persons(faces), seed)
@@ -240,17 +247,17 @@ def _build_card(card_file: CardFile, projection: str, summary: ProjectSummary) -
         summary: what the projection keeps and loses.
     """
     # The threshold of the full vectors does not hold for the reduced ones, so it is set anew or left empty.
-    figures = {**card_file.figures, "energy_of_128": round(summary.energy, 6)}
+    figures = {**card_file.figures, f"energy_of_{summary.reduced_dim}": round(summary.energy, 6)}
     threshold = None
     if summary.full and summary.reduced:
-        for name, scores in (("all_dimensions", summary.full), ("128", summary.reduced)):
+        for name, scores in (("all_dimensions", summary.full), (str(summary.reduced_dim), summary.reduced)):
             figures[f"accuracy_{name}"] = round(scores.accuracy, 5)
             if scores.tar is not None:
                 figures[f"tar_at_far_1e-3_{name}"] = round(scores.tar, 5)
         threshold = round(summary.reduced.threshold, 4)
     return replace(
         card_file,
-        name=f"{card_file.name}-128",
+        name=f"{card_file.name}-{summary.reduced_dim}",
         projection=projection,
         metric="euclidean on unit vectors",
         figures=figures,

@@ -246,7 +246,7 @@ def _answer_block(task: SearchTask) -> tuple[pa.Table, SearchCounts]:
     index = _open_index(task.job.gallery, task.work, task.job.created, task.job.find.recall, task.threads)
     # A search of lists needs no device.
     device = task.device if task.job.path == "scan" else None
-    return answer_queries(index, read_block(task.block), task.job.find, device)
+    return answer_queries(index, read_block(task.block, index.dim), task.job.find, device)
 
 
 def deliver(work: str, out: str, blocks: int) -> None:

@@ -137,6 +137,7 @@ def _search_blocks(
             k=config.search.k,
             cores=threads or len(os.sched_getaffinity(0)),
             gpu=device != "cpu",
+            dim=gallery.dim,
         )
         manifest, job = _choose_index(
             work, gallery.path, lambda one: _plan_job(config, gallery, one, source, work_size)

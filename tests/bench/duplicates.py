@@ -27,7 +27,7 @@ from facepipe import Gallery
 from facepipe.arrow import to_vectors
 from facepipe.curation.duplicates import DuplicateRule, Duplicates, find_duplicates
 from facepipe.nearest.similarity import Pairs
-from facepipe.schema import EMBEDDING_DIM
+from facepipe.schema import DEFAULT_DIM
 from facepipe.sources import SourceConfig
 from pipelines.embed import EmbedConfig, RunConfig, run
 
@@ -118,7 +118,7 @@ def find_edges(x: np.ndarray[Any, np.dtype[np.float32]], radius: float) -> tuple
 def read_faces(gallery: Gallery) -> tuple[pa.Table, Any]:
     """Read the faces in node order, then the images without any, and the vectors of the faces."""
     table = gallery.to_arrow(COLUMNS, "image_id is not null").sort_by([("face_id", "ascending")])
-    x = to_vectors(table["embedding"].drop_null(), EMBEDDING_DIM)
+    x = to_vectors(table["embedding"].drop_null(), DEFAULT_DIM)
     size = pc.list_element(pc.split_pattern(table["fingerprint"], "-", max_splits=1), 0).cast(pa.int64())
     faces = table.drop_columns(["embedding", "fingerprint"]).append_column("file_size", size)
     return faces.append_column("side", pa.array(np.zeros(table.num_rows, np.int8))), x

@@ -20,7 +20,7 @@ from facepipe.gallery import Contract, Gallery
 from facepipe.gallery.commits.committer import Committer
 from facepipe.gallery.commits.parts import PartRecord, compute_statistics, encode_parquet
 from facepipe.hashing import compute_image_id
-from facepipe.schema import EMBEDDING_DIM, OK, conform
+from facepipe.schema import DEFAULT_DIM, OK, conform
 
 CONTRACT = Contract("synthetic", "0" * 64, "synthetic", "0" * 64, "none", False)
 STATS = Path(__file__).resolve().parents[1] / "data" / "embedding-stats.npz"
@@ -54,7 +54,7 @@ class Faces:
     def draw(self, identities: np.ndarray, stream: int) -> np.ndarray:
         """Draw one face per identity: unit vectors, (n, 128). Another stream gives other faces."""
         rng = np.random.default_rng([self.seed, 1, stream])
-        noise = rng.standard_normal((len(identities), EMBEDDING_DIM), np.float32)
+        noise = rng.standard_normal((len(identities), DEFAULT_DIM), np.float32)
         faces = self.centres(identities) + noise @ self._within.T
         return np.ascontiguousarray(faces / np.linalg.norm(faces, axis=1, keepdims=True), np.float32)
 
@@ -82,7 +82,7 @@ def _root(covariance: np.ndarray) -> np.ndarray:
 
 def _normal(identities: np.ndarray, seed: int, stream: int) -> np.ndarray:
     """Draw standard normal vectors that are a function of the identity: Box-Muller over hashed integers."""
-    keys = (identities.astype(np.uint64)[:, None] << np.uint64(8)) + np.arange(EMBEDDING_DIM, dtype=np.uint64)
+    keys = (identities.astype(np.uint64)[:, None] << np.uint64(8)) + np.arange(DEFAULT_DIM, dtype=np.uint64)
     u = [_uniform(keys, np.uint64(2 * (seed * 7 + stream) + n)) for n in range(2)]
     return (np.sqrt(-2 * np.log(u[0])) * np.cos(2 * np.pi * u[1])).astype(np.float32)
 

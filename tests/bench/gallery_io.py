@@ -108,7 +108,7 @@ def raw_arrays(gallery: Gallery) -> None:
 
 
 def index_scan(gallery: Gallery) -> None:
-    for _ in read_face_rows(gallery.faces_folder, [file["path"] for file in gallery.files()]):
+    for _ in read_face_rows(gallery.faces_folder, [file["path"] for file in gallery.files()], gallery.dim):
         pass
 
 

@@ -178,7 +178,7 @@ def main() -> None:
         parts = [
             (rows.ids, rows.vectors)
             for f in gallery.files()
-            for rows in read_face_rows(gallery.faces_folder, [f["path"]])
+            for rows in read_face_rows(gallery.faces_folder, [f["path"]], gallery.dim)
         ]
         ids, vectors = np.concatenate([i for i, _ in parts]), np.concatenate([v for _, v in parts])
         del parts

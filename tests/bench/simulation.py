@@ -39,7 +39,7 @@ from facepipe.gallery.commits.parts import PartRecord
 from facepipe.gallery.known import KnownImages
 from facepipe.gallery.table import open_table
 from facepipe.hashing import compute_face_id, compute_image_id
-from facepipe.schema import EMBEDDING_DIM, NO_FACE, OK
+from facepipe.schema import DEFAULT_DIM, NO_FACE, OK
 from facepipe.sources import SourceConfig
 from pipelines.embed import EmbedConfig, EmbedSummary, RunConfig
 from pipelines.runtime.plan import WorkerGroup
@@ -62,7 +62,7 @@ class Drawn:
         n, uris = items.num_rows, items["uri"].to_pylist()
         has = items["offset"].to_numpy() % FACELESS != 0
         rng = np.random.default_rng(abs(hash(uris[0])))
-        faces = rng.standard_normal((int(has.sum()), EMBEDDING_DIM), np.float32)
+        faces = rng.standard_normal((int(has.sum()), DEFAULT_DIM), np.float32)
         faces /= np.linalg.norm(faces, axis=1, keepdims=True)
         images = [compute_image_id(uri.encode()) for uri in uris]
         ids = [

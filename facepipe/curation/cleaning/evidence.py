@@ -89,7 +89,7 @@ class FaceVectors:
     """Vectors of faces and how crowded the space around them is.
 
     Attributes:
-        vectors: Unit vectors, (n, 128).
+        vectors: Unit vectors, (n, dim).
         density: Local density of each face, (n,).
         photo: Number of the image of each face, (n,). Faces of one image do not vouch for each other's label. Without
             it each face has an image of its own.
@@ -112,7 +112,7 @@ class IdentityCentres:
     """Weighted sums of the faces of k identities.
 
     Attributes:
-        sums: Sums of the vectors, (k, 128), each weighted by the share to which the face belongs.
+        sums: Sums of the vectors, (k, dim), each weighted by the share to which the face belongs.
         crowd: Sums of the densities, (k,), weighted in the same way.
         weight: Sums of the shares, (k,).
     """

@@ -38,7 +38,6 @@ from facepipe.decisions.persons import DecidedFaces
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import find_changes
 from facepipe.index.rows import read_unit_vectors
-from facepipe.schema import EMBEDDING_DIM
 from facepipe.schema import FACES as FACES_SCHEMA
 from facepipe.sorted_lookup import find_sorted, is_in_sorted
 from facepipe.types import Bool, Float32, Int64
@@ -58,11 +57,16 @@ class GalleryChanges:
 
     Attributes:
         faces: face_id, uri, identity and what tells the quality of n new faces, by rising id.
+<<<<<<< HEAD
         vectors: Their vectors, (n, 128).
         removed: Sorted ids of faces that leave their cluster: they are no longer in the gallery, people ignore them, or
             they move.
         moved: Sorted ids of faces that leave their cluster for another, as people have decided. They are among the new
             faces and the removed ones.
+=======
+        vectors: Their vectors, (n, dim).
+        removed: Sorted ids of faces that have a cluster and are no longer in the gallery.
+>>>>>>> 6d8cfef (Hold vectors of any length from 64 to 1024 numbers)
     """
 
     faces: pa.Table
@@ -296,7 +300,7 @@ def _update_rule(
 def _read_changes(gallery: Gallery, sums: ClusterSums, assignments: AssignmentTable) -> GalleryChanges:
     """Read what changed since the mark of the sums."""
     since = find_changes(gallery, sums.mark)
-    faces, vectors = _read_usable(since.read_new_rows([*_READ_COLUMNS, "embedding"]))
+    faces, vectors = _read_usable(since.read_new_rows([*_READ_COLUMNS, "embedding"]), gallery.dim)
     # A face that has a cluster already is not new.
     is_new = assignments.find_clusters(np.asarray(faces["face_id"].to_numpy())) < 0
     removed = since.find_deleted_ids()
@@ -358,10 +362,10 @@ def _read_everything(
     """
     ids, numbers = assignments.read_all()
     is_present = np.zeros(len(ids), bool)
-    clusters = make_empty_clusters(count)
+    clusters = make_empty_clusters(count, gallery.dim)
     parts: list[tuple[pa.Table, Float32]] = []
     for batch in gallery.batches([*_READ_COLUMNS, "embedding"], rows=_ROWS):
-        faces, vectors = _read_usable([batch])
+        faces, vectors = _read_usable([batch], gallery.dim)
         # Add known faces to their clusters, and set the others aside.
         at = find_sorted(ids, faces["face_id"].to_numpy())
         is_known = at >= 0
@@ -370,26 +374,26 @@ def _read_everything(
         add_faces(clusters, numbers[at[stays]], vectors[stays], cohort.compute_density(vectors[stays]))
         if not is_known.all():
             parts.append((faces.filter(pa.array(~is_known)), vectors[~is_known]))
-    new_faces, new_vectors = _merge_by_id(parts)
+    new_faces, new_vectors = _merge_by_id(parts, gallery.dim)
     return GalleryChanges(new_faces, new_vectors, ids[~is_present], _NO_IDS), clusters
 
 
-def _read_usable(batches: Iterable[pa.RecordBatch]) -> tuple[pa.Table, Float32]:
-    """Read face_id, uri and identity of the faces with a unit vector, and the vectors (n, 128), by rising id."""
+def _read_usable(batches: Iterable[pa.RecordBatch], dim: int) -> tuple[pa.Table, Float32]:
+    """Read face_id, uri and identity of the faces with a unit vector, and the vectors (n, dim), by rising id."""
     parts = []
     for batch in batches:
         faces = batch.filter(batch["face_id"].is_valid())
-        vectors, is_unit = read_unit_vectors(faces["embedding"])
+        vectors, is_unit = read_unit_vectors(faces["embedding"], dim)
         table = pa.Table.from_batches([faces]).select(list(_READ_COLUMNS))
         parts.append((table.filter(pa.array(is_unit)), vectors[is_unit]))
-    return _merge_by_id(parts)
+    return _merge_by_id(parts, dim)
 
 
-def _merge_by_id(parts: list[tuple[pa.Table, Float32]]) -> tuple[pa.Table, Float32]:
+def _merge_by_id(parts: list[tuple[pa.Table, Float32]], dim: int) -> tuple[pa.Table, Float32]:
     """Merge faces and their vectors, each id once, by rising id."""
     empty = pa.schema([FACES_SCHEMA.field(name) for name in _READ_COLUMNS]).empty_table()
     faces = pa.concat_tables([empty, *(table.cast(empty.schema) for table, _ in parts)])
-    vectors = np.concatenate([np.empty((0, EMBEDDING_DIM), np.float32), *(vectors for _, vectors in parts)])
+    vectors = np.concatenate([np.empty((0, dim), np.float32), *(vectors for _, vectors in parts)])
     # The first row of each id, by rising id.
     order = np.unique(faces["face_id"].to_numpy(), return_index=True)[1]
     return faces.take(pa.array(order)), vectors[order]
@@ -463,7 +467,7 @@ def _find_excluded(gallery: Gallery, delta: GalleryChanges, assignments: Assignm
     # A new face that is as near as a copy is the same person's.
     order = np.argsort(current["face_id"].to_numpy())
     known_ids = current["face_id"].to_numpy()[order]
-    known_vectors = read_unit_vectors(current["embedding"])[0][order]
+    known_vectors = read_unit_vectors(current["embedding"], gallery.dim)[0][order]
     at = find_sorted(known_ids, pairs["face_id"].to_numpy())
     is_apart = ~are_twins(delta.vectors[pairs["at"].to_numpy()], known_vectors[at])
     pairs = pairs.filter(pa.array(is_apart))

@@ -46,7 +46,7 @@ def find_near_clusters(index: Index, vectors: Float32, assignments: AssignmentTa
 
     Args:
         index: index that holds the faces of the clusters.
-        vectors: vectors of the new faces, (n, 128).
+        vectors: vectors of the new faces, (n, dim).
         assignments: clusters of the old faces.
     """
     hits = index.search(vectors, _NEIGHBOURS).ids

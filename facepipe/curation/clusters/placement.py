@@ -51,7 +51,7 @@ class StrangerLimit:
         """Compare a sample of clustered faces with all clusters but their own.
 
         Args:
-            vectors: unit vectors, (n, 128).
+            vectors: unit vectors, (n, dim).
             density: their densities, (n,).
             labels: cluster of each face, (n,).
             clusters: the clusters.

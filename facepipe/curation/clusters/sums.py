@@ -19,7 +19,6 @@ from facepipe.gallery.changes import ReadMark
 from facepipe.index import manifest as manifests
 from facepipe.index.rows import read_unit_vectors
 from facepipe.index.search import Index
-from facepipe.schema import EMBEDDING_DIM
 from facepipe.sorted_lookup import find_sorted
 from facepipe.storage import replace_file
 from facepipe.types import Float32, Int64
@@ -112,7 +111,7 @@ def _read_sums(folder: str) -> Clusters | None:
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
     # A damaged file may still load: check the shapes.
-    is_sound = clusters.sums.shape[1:] == (EMBEDDING_DIM,) and clusters.crowd.shape == clusters.size.shape
+    is_sound = clusters.sums.ndim == 2 and clusters.crowd.shape == clusters.size.shape
     return clusters if is_sound else None
 
 
@@ -128,14 +127,14 @@ def _align_sums(clusters: Clusters, counts: Int64) -> Clusters | None:
     has_row = ~((clusters.size == 1) & (counts == 0))
     if int(has_row.sum()) != len(clusters.sums):
         return None
-    sums = np.zeros((len(clusters), EMBEDDING_DIM), np.float32)
+    sums = np.zeros((len(clusters), clusters.sums.shape[1]), np.float32)
     sums[has_row] = clusters.sums
     return replace(clusters, sums=sums)
 
 
-def make_empty_clusters(count: int) -> Clusters:
-    """Make clusters without faces."""
-    sums = np.zeros((count, EMBEDDING_DIM), np.float32)
+def make_empty_clusters(count: int, dim: int) -> Clusters:
+    """Make clusters without faces, whose sums have `dim` numbers."""
+    sums = np.zeros((count, dim), np.float32)
     return Clusters(sums, np.zeros(count, np.float32), np.zeros(count, np.int64))
 
 
@@ -145,7 +144,7 @@ def add_faces(clusters: Clusters, at: Int64, vectors: Float32, density: Float32)
     Args:
         clusters: k clusters.
         at: cluster of each face, (n,).
-        vectors: vectors of the faces, (n, 128).
+        vectors: vectors of the faces, (n, dim).
         density: densities of the faces, (n,).
     """
     # This form adds up repeated positions; indexed addition would keep one of them.
@@ -156,7 +155,7 @@ def add_faces(clusters: Clusters, at: Int64, vectors: Float32, density: Float32)
 
 def extend_clusters(clusters: Clusters, count: int) -> Clusters:
     """Copy clusters, with empty ones at the end so that there are `count`."""
-    empty = make_empty_clusters(count - len(clusters))
+    empty = make_empty_clusters(count - len(clusters), clusters.sums.shape[1])
     return Clusters(
         np.concatenate([clusters.sums, empty.sums]),
         np.concatenate([clusters.crowd, empty.crowd]),
@@ -200,13 +199,14 @@ class _VectorReader:
         # Vectors that the index lacks are read in one pass over the table.
         missing = ids if self._index is None else _find_missing(self._index, ids)
         self._ids = np.sort(missing)
-        self._vectors = np.zeros((len(missing), EMBEDDING_DIM), np.float32)
+        self._dim = gallery.dim
+        self._vectors = np.zeros((len(missing), self._dim), np.float32)
         if len(missing):
             self._scan(gallery)
 
     def read(self, ids: Int64) -> Float32:
-        """Read the vectors (n, 128) of faces (n,)."""
-        vectors = np.zeros((len(ids), EMBEDDING_DIM), np.float32)
+        """Read the vectors (n, dim) of faces (n,)."""
+        vectors = np.zeros((len(ids), self._dim), np.float32)
         if self._index is not None:
             vectors = self._index.get_vectors(ids)
         at = find_sorted(self._ids, ids)
@@ -218,7 +218,7 @@ class _VectorReader:
             faces = batch.filter(batch["face_id"].is_valid())
             at = find_sorted(self._ids, faces["face_id"].to_numpy())
             if (at >= 0).any():
-                vectors, is_unit = read_unit_vectors(faces["embedding"])
+                vectors, is_unit = read_unit_vectors(faces["embedding"], self._dim)
                 chosen = is_unit & (at >= 0)
                 self._vectors[at[chosen]] = vectors[chosen]
 

@@ -27,7 +27,7 @@ from facepipe.gallery.changes import TableChanges
 from facepipe.index.rows import read_unit_vectors
 from facepipe.index.search import Index
 from facepipe.nearest.similarity import Pairs
-from facepipe.schema import EMBEDDING_DIM, FACES
+from facepipe.schema import FACES
 from facepipe.sorted_lookup import find_sorted
 from facepipe.types import Bool, Float32, Int64
 
@@ -37,7 +37,6 @@ _QUERIES = 16384
 _HASH_ROWS = 262_144
 _FILE = "file"
 _NO_IDS = np.empty(0, np.int64)
-_NO_VECTORS = np.empty((0, EMBEDDING_DIM), np.float32)
 _NO_PAIRS = Pairs(_NO_IDS, _NO_IDS, np.empty(0, np.float32))
 
 
@@ -117,7 +116,7 @@ def _read_new_rows(changes: TableChanges) -> tuple[pa.Table, Int64]:
     for batch in changes.read_new_rows([*COLUMNS, "embedding"]):
         faces = batch.filter(batch["face_id"].is_valid())
         # Only faces with a usable vector are in the index.
-        ids.append(faces["face_id"].to_numpy()[read_unit_vectors(faces["embedding"])[1]])
+        ids.append(faces["face_id"].to_numpy()[read_unit_vectors(faces["embedding"], changes.gallery.dim)[1]])
         part = pa.Table.from_batches([batch]).drop_columns("embedding")
         part = part.append_column(_FILE, pa.nulls(part.num_rows, pa.string()))
         parts.append(add_size_and_side(part, 0))
@@ -228,9 +227,12 @@ class _NeighbourSearch:
         ids = table["face_id"].filter(pa.array(is_affected)).drop_null().to_numpy()
         candidates = np.setdiff1d(ids, self._queried)
         # Faces without a vector in the index cannot be looked up.
-        vectors = [_NO_VECTORS, *(self._index.get_vectors(part) for part in _split(candidates))]
-        is_indexed = np.concatenate([part.any(axis=1) for part in vectors])
+        is_indexed = self._get_vectors(candidates).any(axis=1)
         return candidates[is_indexed]
+
+    def _get_vectors(self, ids: Int64) -> Float32:
+        parts = [self._index.get_vectors(part) for part in _split(ids)]
+        return np.concatenate([np.empty((0, self._index.dim), np.float32), *parts])
 
     def build_edges(self, table: pa.Table) -> Pairs:
         """Build the pairs as rows of the table, each once. Faces that are no longer in it are left out."""
@@ -240,7 +242,7 @@ class _NeighbourSearch:
         order = np.argsort(ids)
         ids = ids[order]
         rows = rows[order]
-        vectors = np.concatenate([_NO_VECTORS, *(self._index.get_vectors(part) for part in _split(ids))])
+        vectors = self._get_vectors(ids)
         pairs = _drop_pairs_of_copies(_to_positions(Pairs.concatenate(self._pairs), ids), vectors)
         # If an answer was cut off, compare the copy that is kept with all of its copies.
         is_full = np.isin(ids, self._full)

@@ -38,7 +38,7 @@ class SharedFaces:
         edges: pairs of rows.
         first: row that stands for a row and its copies in the edges, (n,), -1 if a row is not a face.
         row: row of each node of the graph, (m,).
-        vectors: unit vectors of the nodes, (m, 128).
+        vectors: unit vectors of the nodes, (m, dim).
         density: densities of the nodes, (m,).
         max_neighbours: edges that a face can have.
     """

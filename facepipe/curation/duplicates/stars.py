@@ -44,7 +44,7 @@ def build_stars(vectors: Float32, rank: Int64, edges: Pairs, is_full: Bool, *, r
     rest is, and so on.
 
     Args:
-        vectors: unit vectors, (n, 128).
+        vectors: unit vectors, (n, dim).
         rank: the smaller, the sooner a face is kept, (n,).
         edges: known pairs.
         is_full: whether edges of the face may be missing, (n,).

@@ -85,7 +85,7 @@ def calibrate(vectors: Float32, options: CalibrationOptions, unfit: Bool | None 
     the cohort is empty.
 
     Args:
-        vectors: unit vectors (n, 128).
+        vectors: unit vectors (n, dim).
         options: what is known already.
         unfit: whether a face is too poor to show what persons and strangers look like, (n,). Poor faces are near to
             each other whoever they show: as a crowd of strangers they would raise the threshold of all others.
@@ -108,7 +108,7 @@ def calibrate(vectors: Float32, options: CalibrationOptions, unfit: Bool | None 
     density = np.zeros(len(vectors), np.float32)
     counts = count_similarities(vectors, density, sample).sum(axis=0, dtype=np.int64)
     threshold = _choose_known(vectors, fit, options)
-    return Calibration(Cohort.create_empty(), density, counts, np.empty(0), threshold)
+    return Calibration(Cohort.create_empty(vectors.shape[1]), density, counts, np.empty(0), threshold)
 
 
 def _choose_known(vectors: Float32, fit: Int64, options: CalibrationOptions) -> Threshold:
@@ -168,7 +168,7 @@ def _refine(
     """Estimate densities and threshold from a first guess at the persons of a cohort.
 
     Persons thin the cohort, the cohort gives the threshold, and the threshold gives the persons of the whole cohort
-    (m, 128). Some rounds of this settle, because only few pairs of strangers lie near the threshold.
+    (m, dim). Some rounds of this settle, because only few pairs of strangers lie near the threshold.
     """
     persons = guess
     calibration: Calibration | None = None
@@ -229,7 +229,7 @@ class _CohortPersons:
     """The faces of a cohort, and which are of one person.
 
     Attributes:
-        vectors: Unit vectors (m, 128).
+        vectors: Unit vectors (m, dim).
         person: Number of each face's person, (m,).
     """
 

@@ -37,7 +37,7 @@ class Cells:
     """Cells of the space of vectors.
 
     Attributes:
-        centres: Centres (c, 128).
+        centres: Centres (c, dim).
         each: Number of its nearest cells that a face lies in.
     """
 
@@ -48,7 +48,7 @@ class Cells:
         return len(self.centres)
 
     def assign(self, vectors: Float32, each: int | None = None) -> Int32:
-        """Assign vectors (n, 128) to their nearest cells; returns cell numbers (n, each), nearest first."""
+        """Assign vectors (n, dim) to their nearest cells; returns cell numbers (n, each), nearest first."""
         index = faiss.IndexFlatL2(self.centres.shape[1])
         index.add(self.centres)
         assigned = np.empty((len(vectors), min(each or self.each, len(self.centres))), np.int32)
@@ -111,7 +111,7 @@ def train_cells(vectors: Float32, seed: int, log: Callable[[str], None] = lambda
     k-means runs on GPUs if faiss-gpu finds any. On CPUs it has two levels if there are many cells.
 
     Args:
-        vectors: (n, 128).
+        vectors: (n, dim).
         seed: of the sample that k-means looks at.
         log: is called with the reason if there are GPUs and they cannot be used.
     """

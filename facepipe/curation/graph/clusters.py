@@ -14,7 +14,7 @@ class Clusters:
     """Clusters by sums over their faces.
 
     Attributes:
-        sums: Sums (k, 128) of the vectors.
+        sums: Sums (k, dim) of the vectors.
         crowd: Sums (k,) of the densities.
         size: Faces (k,).
     """
@@ -25,7 +25,7 @@ class Clusters:
 
     @classmethod
     def from_faces(cls, vectors: Float32, density: Float32) -> "Clusters":
-        """Make every face a cluster. The vectors (n, 128) are not copied; they may be mapped from a file."""
+        """Make every face a cluster. The vectors (n, dim) are not copied; they may be mapped from a file."""
         return cls(vectors, density, np.ones(len(vectors), np.int64))
 
     def __len__(self) -> int:
@@ -33,7 +33,7 @@ class Clusters:
 
     @property
     def means(self) -> Float32:
-        """Mean vectors (k, 128). The longer one is, the more alike are the cluster's faces."""
+        """Mean vectors (k, dim). The longer one is, the more alike are the cluster's faces."""
         return np.asarray(self.sums / np.maximum(1, self.size)[:, None], np.float32)
 
     @property

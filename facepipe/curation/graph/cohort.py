@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from facepipe.nearest.faiss_engine import faiss
-from facepipe.schema import EMBEDDING_DIM
 from facepipe.types import Float32, Int64
 
 SIZE = 4096
@@ -29,7 +28,7 @@ class Cohort:
     """A sample of faces.
 
     Attributes:
-        vectors: Vectors (m, 128); none if a gallery is too small for a sample. Then no face is crowded.
+        vectors: Vectors (m, dim); none if a gallery is too small for a sample. Then no face is crowded.
     """
 
     vectors: Float32
@@ -45,12 +44,12 @@ class Cohort:
         return cls(np.ascontiguousarray(vectors[chosen]))
 
     @classmethod
-    def create_empty(cls) -> "Cohort":
-        """Create an empty cohort: densities are 0 and similarities are cosines."""
-        return cls(np.empty((0, EMBEDDING_DIM), np.float32))
+    def create_empty(cls, dim: int) -> "Cohort":
+        """Create an empty cohort of `dim` numbers: densities are 0 and similarities are cosines."""
+        return cls(np.empty((0, dim), np.float32))
 
     def compute_density(self, vectors: Float32) -> Float32:
-        """Compute the density (n,) of faces (n, 128).
+        """Compute the density (n,) of faces (n, dim).
 
         It is the mean cosine to the cohort's faces between the ranks that count.
         """

@@ -46,7 +46,7 @@ def cut_at(vectors: Float32, density: Float32, similarity: float) -> Int64:
     """Cluster n faces by average linkage; returns the cluster (n,) of each.
 
     Args:
-        vectors: unit vectors (n, 128).
+        vectors: unit vectors (n, dim).
         density: densities (n,).
         similarity: mean similarity from which two clusters are one.
     """
@@ -59,7 +59,7 @@ def find_gap(vectors: Float32) -> Gap | None:
     """Find the widest gap between the heights of the tree's merges, if it parts persons with many faces each.
 
     Args:
-        vectors: unit vectors (n, 128).
+        vectors: unit vectors (n, dim).
 
     Returns:
         None if there is no such gap.
@@ -94,7 +94,7 @@ def find_clear_gap(vectors: Float32) -> Gap | None:
     """Find a drop between the merges of the tree that is so wide that persons may have as few as two faces.
 
     Args:
-        vectors: unit vectors (n, 128).
+        vectors: unit vectors (n, dim).
 
     Returns:
         None if there is no such gap, or if few faces are of one person with another.

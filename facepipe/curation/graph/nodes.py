@@ -11,7 +11,6 @@ import numpy.typing as npt
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
 from facepipe.index.rows import read_face_rows
-from facepipe.schema import EMBEDDING_DIM
 from facepipe.storage import describe_error
 from facepipe.storage.mapped import create_array
 from facepipe.types import Float32, Int64
@@ -31,7 +30,7 @@ class Nodes:
     Attributes:
         ids: Face ids (n,), rising.
         sides: Number (n,) of the gallery that holds the face.
-        vectors: Unit vectors (n, 128).
+        vectors: Unit vectors (n, dim).
     """
 
     ids: Int64
@@ -66,13 +65,13 @@ def collect_nodes(galleries: Sequence[Gallery], folder: str) -> Nodes:
     try:
         np.save(os.path.join(folder, _IDS), ids[order])
         np.save(os.path.join(folder, _SIDES), sides[order])
-        vectors = create_array(os.path.join(folder, _VECTORS), np.float32, (len(ids), EMBEDDING_DIM))
+        vectors = create_array(os.path.join(folder, _VECTORS), np.float32, (len(ids), galleries[0].dim))
         # The vectors go straight to their sorted positions.
         position = np.empty(len(order), np.int64)
         position[order] = np.arange(len(order))
         at = 0
         for gallery in galleries:
-            for rows in read_face_rows(gallery.faces_folder, _list_paths(gallery)):
+            for rows in read_face_rows(gallery.faces_folder, _list_paths(gallery), gallery.dim):
                 vectors[position[at : at + len(rows)]] = rows.vectors
                 at += len(rows)
         vectors.flush()
@@ -105,13 +104,13 @@ def find_representatives(vectors: Float32) -> Int64:
     """Find for each vector the first one that equals it in every bit, since copies would crowd out other neighbours.
 
     Args:
-        vectors: (n, 128).
+        vectors: (n, dim).
 
     Returns:
         Positions (n,); its own for a vector without an earlier copy.
     """
     # Hash the bits of a vector: a sum with random odd weights, modulo 2^64.
-    weights = np.random.default_rng(0).integers(1, 1 << 63, EMBEDDING_DIM, dtype=np.uint64) | np.uint64(1)
+    weights = np.random.default_rng(0).integers(1, 1 << 63, vectors.shape[1], dtype=np.uint64) | np.uint64(1)
     hashes = np.empty(len(vectors), np.uint64)
     for at in range(0, len(vectors), _ROWS_PER_HASH):
         bits = np.ascontiguousarray(vectors[at : at + _ROWS_PER_HASH]).view(np.uint32).astype(np.uint64)
@@ -128,7 +127,7 @@ def find_representatives(vectors: Float32) -> Int64:
 
 
 def _read_ids(gallery: Gallery) -> Int64:
-    parts = [rows.ids for rows in read_face_rows(gallery.faces_folder, _list_paths(gallery))]
+    parts = [rows.ids for rows in read_face_rows(gallery.faces_folder, _list_paths(gallery), gallery.dim)]
     return np.concatenate([*parts, np.empty(0, np.int64)])
 
 

@@ -103,7 +103,7 @@ def count_similarities(vectors: Float32, densities: Float32, sample: Int64) -> I
     """Count the similarities between sampled faces and all others.
 
     Args:
-        vectors: unit vectors (n, 128).
+        vectors: unit vectors (n, dim).
         densities: densities (n,).
         sample: positions (m,), sorted.
 
@@ -134,7 +134,7 @@ def count_stranger_pairs(vectors: Float32, densities: Float32, person: Int64) ->
     """Count the similarities of all pairs of faces of two persons.
 
     Args:
-        vectors: unit vectors (m, 128).
+        vectors: unit vectors (m, dim).
         densities: densities (m,).
         person: number of each face's person, (m,).
 

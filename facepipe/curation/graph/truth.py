@@ -26,7 +26,7 @@ def find_true_edges(
     """Find the edges of sampled faces by comparing them with all faces.
 
     Args:
-        vectors: unit vectors (n, 128).
+        vectors: unit vectors (n, dim).
         densities: densities (n,).
         sample: positions (s,), sorted.
         threshold: similarity of an edge.

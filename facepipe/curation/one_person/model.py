@@ -159,7 +159,7 @@ class OnePersonModel:
 
         Args:
             groups: k groups, some may be empty.
-            vectors: unit vectors of the faces, (n, 128).
+            vectors: unit vectors of the faces, (n, dim).
             density: densities of the faces, (n,).
             labels: group of each face, (n,), -1 for none.
             compared: groups (c,) that will be compared: their regions are looked at.

@@ -18,7 +18,7 @@ from facepipe.gallery.commits.log import list_empty_entries
 from facepipe.gallery.commits.parts import parse_digest
 from facepipe.gallery.table import Gallery
 from facepipe.hashing import compute_face_id, hash64_column
-from facepipe.schema import EMBEDDING_DIM, OK, STATUSES, UNKNOWN_URI, conform
+from facepipe.schema import OK, STATUSES, UNKNOWN_URI, conform
 from facepipe.sources.labels import find_unnormalised
 from facepipe.storage.hashtable import HashTable
 from facepipe.storage.uploads import Upload, UploadsUnknownError, list_uploads
@@ -80,7 +80,7 @@ def verify_gallery(gallery: Gallery) -> Verification:
                 result.add(f"{file['path']}: cannot be read: {str(error).splitlines()[0]}")
                 continue
             _check_text(gallery.path, file["path"], table, ranges[file["path"]], result)
-            _check_rows(file["path"], table, ids, uris, result)
+            _check_rows(file["path"], table, ids, uris, gallery.dim, result)
     return result
 
 
@@ -121,7 +121,7 @@ def _check_text(
         )
 
 
-def _check_rows(path: str, table: pa.Table, ids: HashTable, uris: HashTable, result: Verification) -> None:
+def _check_rows(path: str, table: pa.Table, ids: HashTable, uris: HashTable, dim: int, result: Verification) -> None:
     """Check the rows of one file; ids and uris of earlier files are in the hash tables."""
     first_rows = table.filter(pc.fill_null(pc.equal(table["face_index"], 0), True))
     faces = table.filter(pc.is_valid(table["face_id"]))
@@ -142,12 +142,12 @@ def _check_rows(path: str, table: pa.Table, ids: HashTable, uris: HashTable, res
         count = pc.sum(is_wrong).as_py() or 0
         if count:
             result.add(f"{path}: {count} {problem}")
-    _check_faces(path, faces, ids, result)
+    _check_faces(path, faces, ids, dim, result)
     _check_images(path, table, first_rows, uris, result)
 
 
-def _check_faces(path: str, faces: pa.Table, ids: HashTable, result: Verification) -> None:
-    """Check that face ids are unique and belong to their image, and that embeddings have 128 numbers and norm 1."""
+def _check_faces(path: str, faces: pa.Table, ids: HashTable, dim: int, result: Verification) -> None:
+    """Check that face ids are unique and belong to their image, and that embeddings have `dim` numbers and norm 1."""
     if not faces.num_rows:
         return
     repeated = int((~ids.add(faces["face_id"].to_numpy().astype(np.uint64))).sum())
@@ -162,10 +162,10 @@ def _check_faces(path: str, faces: pa.Table, ids: HashTable, result: Verificatio
             foreign += face_id != compute_face_id(first_uri, image_id or "", index)
     if foreign:
         result.add(f"{path}: {foreign} face ids that do not belong to their image")
-    if set(pc.list_value_length(faces["embedding"]).to_pylist()) - {EMBEDDING_DIM}:
-        result.add(f"{path}: embeddings that are not {EMBEDDING_DIM}-D")
+    if set(pc.list_value_length(faces["embedding"]).to_pylist()) - {dim}:
+        result.add(f"{path}: embeddings that are not {dim}-D")
         return
-    norms = np.linalg.norm(to_vectors(faces["embedding"], EMBEDDING_DIM), axis=1)
+    norms = np.linalg.norm(to_vectors(faces["embedding"], dim), axis=1)
     wrong = int((~(np.abs(norms - 1) < _NORM_TOLERANCE)).sum())
     if wrong:
         result.add(f"{path}: {wrong} embeddings whose norm is not 1")

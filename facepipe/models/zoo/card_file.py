@@ -61,7 +61,7 @@ class CardFile:
         sha256: Hash of the weights, checked if set.
         keys: Lineage of a checkpoint's tensor names; detected if empty.
         dim: Length of the model's vectors.
-        projection: File that brings another length to 128 (`facepipe models project`).
+        projection: File that brings long vectors to fewer numbers (`facepipe models project`).
         metric: What `same_person` is measured in. A gallery compares vectors by the Euclidean distance of unit vectors.
         same_person: Distance (or, for `cosine`, similarity) that separates two persons best.
         licence: Licence of the weights.

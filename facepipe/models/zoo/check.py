@@ -16,7 +16,7 @@ from facepipe.models.zoo.card_file import is_onnx, read_card
 from facepipe.models.zoo.known import KNOWN_MODELS, KnownModel
 from facepipe.models.zoo.loading import load_card, load_embedder, load_net
 from facepipe.models.zoo.registry import CARDS, find_card, find_card_file, get_models_folder
-from facepipe.schema import EMBEDDING_DIM
+from facepipe.schema import DEFAULT_DIM, MAX_DIM, MIN_DIM
 
 _LIMITS = DetectionLimits(min_score=0.5, max_iou=0.4)
 
@@ -104,7 +104,7 @@ class _Trial:
 def _try_embedder(card: Card, path: Path | None) -> _Trial:
     # Load it raw for the length of its own vectors, and run it as a gallery would if those fit.
     raw = load_embedder(path, "cpu", 1, raw=True) if path else card.load("cpu", 1)
-    is_usable = card.dim == EMBEDDING_DIM
+    is_usable = MIN_DIM <= (card.dim or 0) <= MAX_DIM
     embedder = card.load("cpu", 1) if is_usable else raw
     chip = make_scene_chips(embedder.size, 1)
     vectors = embedder.embed(chip)
@@ -112,7 +112,11 @@ def _try_embedder(card: Card, path: Path | None) -> _Trial:
         raise ModelError(f"{card.name} gives no usable vector: all of it is 0, or some of it is not finite")
     note = ""
     if not is_usable:
-        note = f"a gallery holds {EMBEDDING_DIM}-D vectors: fit a projection with `facepipe models project`"
+        note = f"a gallery holds vectors of {MIN_DIM} to {MAX_DIM} numbers"
+        if raw.dim > MAX_DIM:
+            note += ": fit a projection with `facepipe models project`"
+    elif (card.dim or 0) > DEFAULT_DIM:
+        note = f"{DEFAULT_DIM} numbers take less memory and time: `facepipe models project` fits a projection"
     return _Trial(_measure_milliseconds(lambda: embedder.embed(chip)), raw.dim, note)
 
 

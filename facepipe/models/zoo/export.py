@@ -46,7 +46,7 @@ class TorchModel:
         input: Channel order, mean and scale.
         layout: How its chips are cut.
         card: What the TOML file of the export will say.
-        projection: (d, 128), if it has one.
+        projection: (d, k), if it has one.
     """
 
     net: "nn.Module"

@@ -8,6 +8,7 @@ Hashes, sizes and licences are those that the publishers state, or that others w
 from dataclasses import dataclass
 
 from facepipe.models.zoo.card_file import CardFile, InputConfig
+from facepipe.schema import MAX_DIM
 
 PERMISSIVE = ("Apache-2.0", "MIT", "Boost", "BSD-3-Clause", "CC-BY-4.0", "public domain")
 """Licences that allow commercial use."""
@@ -44,8 +45,8 @@ class KnownModel:
 
     @property
     def needs_projection(self) -> bool:
-        """Whether its vectors have another length than a gallery's."""
-        return self.card.role == "embedder" and self.card.dim != 128
+        """Whether its vectors are longer than a gallery's can be."""
+        return self.card.role == "embedder" and self.card.dim > MAX_DIM
 
 
 _RAW_RGB = InputConfig(size=(112, 112), channels="rgb", mean=0.0, scale=1.0, alignment="similarity", template="arcface")

@@ -14,7 +14,7 @@ from facepipe.extras import require_module
 from facepipe.imaging.dlib_chip import BoxToSquare
 from facepipe.models.card import Card
 from facepipe.models.checkpoint import State, load_state, read_state
-from facepipe.models.projection import ProjectedEmbedder
+from facepipe.models.projection import ProjectedEmbedder, read_projected_dim
 from facepipe.models.protocols import DetectionLimits, Detector, Embedder
 from facepipe.models.zoo.architectures import ARCHITECTURES, Architecture, Lineage
 from facepipe.models.zoo.card_file import (
@@ -51,7 +51,7 @@ def load_card(path: Path) -> Card:
         input=_describe_input(file),
         load=_DetectorLoader(str(path)) if file.role == "detector" else _EmbedderLoader(str(path)),
         layout=resolve_chip_layout(file) if file.role == "embedder" else None,
-        dim=128 if file.projection else file.dim,
+        dim=read_projected_dim(path.parent / file.projection) if file.projection else file.dim,
         metric="euclidean on unit vectors",
         same_person=to_euclidean_threshold(file),
         copy_limits={key: file.figures[figure] for key, figure in _COPY_FIGURES.items() if figure in file.figures}
@@ -97,7 +97,7 @@ def load_embedder(path: Path, device: str, threads: int, *, raw: bool = False) -
         raw: Whether to leave its projection out.
 
     Raises:
-        ModelError: Its vectors have another length than the file says, or are not 128-D and not projected.
+        ModelError: Its vectors have another length than the file says.
     """
     from facepipe.models.embedders.engines import OnnxEmbedder, TorchEmbedder
 
@@ -115,15 +115,9 @@ def load_embedder(path: Path, device: str, threads: int, *, raw: bool = False) -
         raise ModelError(f"{path}: the model gives {embedder.dim} numbers per face, but the file says dim = {file.dim}")
     if raw:
         return embedder
-    # A gallery holds 128 numbers per face: projected, or the model's own.
     if file.projection:
         sha256 = hash_without_projection(path, file)
         return ProjectedEmbedder.from_file(embedder, path.parent / file.projection, sha256)
-    if file.dim != 128:
-        raise ModelError(
-            f"{file.name} gives {file.dim}-D vectors, and a gallery holds 128-D ones: fit a projection with "
-            f"`facepipe models project {path} GALLERY`"
-        )
     return embedder
 
 

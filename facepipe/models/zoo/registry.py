@@ -216,7 +216,7 @@ def _describe_known(name: str) -> str:
         f"{model.data}"
     )
     if model.needs_projection:
-        text += f". Its vectors have {model.card.dim} numbers: they need a projection"
+        text += f". Its vectors have {model.card.dim} numbers: a gallery takes them with a projection"
     return text
 
 

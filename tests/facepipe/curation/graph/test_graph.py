@@ -262,7 +262,7 @@ def test_densities_do_not_depend_on_what_else_is_asked() -> None:
     assert np.abs(whole - parts).max() < 1e-6
     product = np.sort(vectors @ cohort.vectors.T, axis=1)[:, ::-1]
     assert np.allclose(whole, product[:, 20:100].mean(axis=1), atol=1e-5)
-    assert (Cohort.create_empty().compute_density(vectors) == 0).all()
+    assert (Cohort.create_empty(vectors.shape[1]).compute_density(vectors) == 0).all()
     for few in (1, 2, 30):
         small = Cohort.draw(vectors[:few], 0)
         assert np.isfinite(small.compute_density(vectors[:few])).all()

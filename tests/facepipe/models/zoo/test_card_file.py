@@ -169,9 +169,7 @@ def test_weights_that_are_not_the_files(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("tiny")
 def test_dimensions_must_be_what_the_file_says(tmp_path: Path) -> None:
     path = saved(tmp_path, 200)
-    with pytest.raises(ModelError, match=r"200-D vectors, and a gallery holds 128-D .*facepipe models project"):
-        load_embedder(path, "cpu", 1)
-    assert load_embedder(path, "cpu", 1, raw=True).dim == 200
+    assert load_embedder(path, "cpu", 1).dim == load_embedder(path, "cpu", 1, raw=True).dim == 200
     write(path, path.read_text().replace("dim = 200", "dim = 100"))
     with pytest.raises(WeightsError, match=r"fc.weight \(200, 4\), expected \(100, 4\)"):
         load_embedder(path, "cpu", 1)
