@@ -27,10 +27,10 @@ from facepipe.curation.cleaning.report import build_clean_report
 from facepipe.curation.clusters.constraints import read_labels
 from facepipe.curation.duplicates import DuplicateRule
 from facepipe.curation.graph import Graph
+from facepipe.curation.space import find_space_limits
 from facepipe.errors import GalleryError
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import ReadMark
-from facepipe.models.zoo.registry import find_copy_limits
 from facepipe.reports.html import write_report
 from facepipe.reports.parquet import write_rows, write_table
 from pipelines.graph import GraphConfig, GraphRunConfig, OnProgress, open_graph
@@ -121,7 +121,7 @@ def run(config: CleanConfig, gallery: str, progress: OnProgress = lambda line: N
     summary = CleanSummary(out=os.path.join(locate_reports(table), NAME))
     phases = PhaseTimer(summary.seconds)
     # Duplicates are looked up in the same graph, so that it must reach as far as they do.
-    duplicates = config.duplicates.fit_model(find_copy_limits(table.contract.embedder))
+    duplicates = config.duplicates.fit_model(find_space_limits(table))
     graph_config = replace(config.graph, reach=max(config.graph.reach, duplicates.radius))
     with open_report_folder(table, NAME) as report:
         graph_folder = os.path.join(locate_reports(table), "graph")

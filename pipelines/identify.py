@@ -23,7 +23,7 @@ from facepipe.gallery.table import FOLDERS
 from facepipe.index.decide import UNKNOWN, DecisionRule
 from facepipe.index.identify import ANSWERED_PHOTOS, IDENTIFIED, QUERY_COLUMNS, choose_best_faces, identify_rows
 from facepipe.index.lag import measure_lag
-from facepipe.index.manifest import open_index_store
+from facepipe.index.manifest import open_index_store, require_contract
 from facepipe.index.search import Index
 from facepipe.models.zoo.registry import find_match_threshold
 from facepipe.reports.faces import read_face_details
@@ -167,6 +167,7 @@ def run(
     check_place(out, photos, table.path)
     options = config.identify
     index = Index(table.path, options.recall)
+    require_contract(index.manifest, table)
     summary = IdentifySummary(
         out=out,
         embedder=table.contract.embedder,

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from facepipe.errors import EvaluationError
 from facepipe.gallery import Gallery
 from facepipe.hashing import hash64
+from facepipe.index.manifest import require_contract
 from facepipe.index.search import Index
 from facepipe.storage.hashtable import HashTable
 from facepipe.types import Bool, Float32, Float64, Int64, UInt64
@@ -250,6 +251,7 @@ def choose_threshold(gallery: Gallery, fpir: float, recall: float | None = None)
         EvaluationError: if there are fewer labelled faces than the rate needs.
     """
     index = Index(gallery.path, recall)
+    require_contract(index.manifest, gallery)
     # The gallery and its index are read several times, and all passes have to agree.
     gallery.freeze()
     index.freeze()

@@ -14,7 +14,7 @@ from facepipe.gallery import Gallery
 from facepipe.index import samples, tune
 from facepipe.index.candidates import compute_imbalance
 from facepipe.index.exact import read_live_blocks, search_exactly
-from facepipe.index.manifest import CURVE_K, RecallPoint
+from facepipe.index.manifest import CURVE_K, RecallPoint, require_contract
 from facepipe.index.search import Index
 from facepipe.nearest.distances import VectorBlock
 from facepipe.storage.outputs import save_figure
@@ -135,6 +135,7 @@ def evaluate_index(
         EvaluationError: if the index is empty.
     """
     index = Index(gallery.path, recall)
+    require_contract(index.manifest, gallery)
     index.freeze()
     if not index.live:
         raise EvaluationError(f"the index of {gallery.path!r} is empty: there is nothing to measure")

@@ -26,7 +26,7 @@ from facepipe.gallery.chosen_rows import iterate_chosen_rows
 from facepipe.gallery.commits import log
 from facepipe.gallery.contract import CONTRACT_PROPERTY, Contract
 from facepipe.gallery.filters import to_filter
-from facepipe.gallery.hidden import HiddenWatch
+from facepipe.gallery.hidden import HiddenImages, HiddenWatch
 from facepipe.schema import FACES, LATER, OK
 from facepipe.storage.aliases import find_table_path
 from facepipe.storage.conditional import ConflictError, require_usable_place
@@ -422,6 +422,10 @@ class Gallery:
                 part = part.filter(hidden.visible)
             if part.num_rows:
                 yield part.select(names)
+
+    def read_hidden(self) -> HiddenImages:
+        """Read which images are being erased."""
+        return self._hidden.read()
 
     def _add_hidden(self, where: "ds.Expression | None") -> "ds.Expression | None":
         """Make a filter leave out the images that are being erased."""

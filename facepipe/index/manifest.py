@@ -668,6 +668,15 @@ def compute_digest(path: str) -> FileDigest:
         return FileDigest(os.path.getsize(path), hashlib.file_digest(file, "sha256").hexdigest())
 
 
+def require_contract(manifest: Manifest, gallery: Gallery) -> None:
+    """Require that an index holds the vectors of a gallery's model. Raises IndexingError otherwise."""
+    if manifest.contract != dump_contract(gallery):
+        raise IndexingError(
+            f"the index of {gallery.path!r} is of {manifest.contract.get('embedder')}, and the gallery has the vectors "
+            f"of {gallery.contract.embedder}: `facepipe index {gallery.path}` builds another"
+        )
+
+
 def dump_contract(gallery: Gallery) -> dict[str, Any]:
     """Return a gallery's contract in the manifest's form."""
     return asdict(gallery.contract)

@@ -54,7 +54,7 @@ class Embed:
         embedder = self.embedder
         if resolve_device(self.device) != "cpu":
             width, height = embedder.size
-            self._measure_norms(self.embed_chips(np.full((2, height, width, 3), 128, np.uint8)))
+            self.measure_norms(self.embed_chips(np.full((2, height, width, 3), 128, np.uint8)))
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Replace the chips by embeddings."""
@@ -77,7 +77,7 @@ class Embed:
         Raises:
             ModelError: A vector has no direction.
         """
-        norms = self._measure_norms(raw)
+        norms = self.measure_norms(raw)
         unit = (raw / norms[:, None]).astype(np.float32)
         # Norms of all rows; nan, masked to null, for rows without a face.
         all_norms = np.full(len(is_face), np.nan, np.float32)
@@ -91,7 +91,7 @@ class Embed:
         }
         return set_columns(table, columns, drop=("chip",))
 
-    def _measure_norms(self, raw: Float32) -> Float32:
+    def measure_norms(self, raw: Float32) -> Float32:
         """Measure the norms of raw vectors. Raise ModelError for a zero or infinite one, which no row may hold."""
         norms = np.linalg.norm(raw, axis=1)
         if not (np.isfinite(norms) & (norms > 0)).all():

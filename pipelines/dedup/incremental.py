@@ -14,12 +14,12 @@ import pyarrow.compute as pc
 from facepipe.curation.duplicates import DuplicateRule, Duplicates, find_duplicates
 from facepipe.curation.duplicates.incremental import NewImages, gather_new_images
 from facepipe.curation.duplicates.report import build_duplicates_report
+from facepipe.curation.space import find_space_limits
 from facepipe.errors import IndexingError
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import PartialGallery, ReadMark, TableChanges, find_changes
 from facepipe.index import manifest as manifests
 from facepipe.index.search import Index
-from facepipe.models.zoo.registry import find_copy_limits
 from facepipe.reports.html import write_report
 from facepipe.reports.model import Figure, Report
 from facepipe.types import Int64
@@ -62,7 +62,7 @@ def run(config: DedupConfig, gallery: str, progress: OnProgress = lambda line: N
         IndexingError: if the index is missing, of another model, or lacks faces of the new images.
     """
     table = Gallery(gallery)
-    config = replace(config, dedup=config.dedup.fit_model(find_copy_limits(table.contract.embedder)))
+    config = replace(config, dedup=config.dedup.fit_model(find_space_limits(table)))
     summary = NewSummary(out=os.path.join(locate_reports(table), NAME))
     phases = PhaseTimer(summary.seconds)
     with open_report_folder(table, NAME) as new_report:

@@ -25,10 +25,10 @@ from facepipe.curation.graph import Graph
 from facepipe.curation.graph.describe import describe_recall
 from facepipe.curation.graph.nodes import Nodes
 from facepipe.curation.report_folders import GRAPH, delete_report
+from facepipe.curation.space import find_space_limits
 from facepipe.errors import ConfigError, StorageError, ThresholdError
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import ReadMark
-from facepipe.models.zoo.registry import find_copy_limits
 from facepipe.nearest.distances import compute_pair_distances
 from facepipe.nearest.similarity import Pairs
 from facepipe.reports.html import write_report
@@ -116,7 +116,7 @@ def run(
         ContractError: if the two galleries were made with different models.
     """
     galleries = [Gallery(gallery)]
-    config = replace(config, dedup=config.dedup.fit_model(find_copy_limits(galleries[0].contract.embedder)))
+    config = replace(config, dedup=config.dedup.fit_model(find_space_limits(galleries[0])))
     if against:
         galleries.append(_open_other(galleries[0], against))
     name = OVERLAP if against else NAME
@@ -224,6 +224,7 @@ def _compare(
         vectors=graph.nodes.vectors,
         density=graph.density,
         max_neighbours=graph.info.most,
+        copy_distance=config.dedup.close_near,
     )
     return duplicates, judge_shared_identities(faces, shared, threshold=graph.info.threshold.similarity)
 

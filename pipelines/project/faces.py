@@ -216,7 +216,7 @@ class FaceCutter:
                 rows_by_image.setdefault(row["uri"], []).append(row)
             groups = list(rows_by_image.values())
             for start in range(0, len(groups), _BLOCK_IMAGES):
-                yield self._cut_block(_build_table(groups[start : start + _BLOCK_IMAGES], locator), images)
+                yield self._cut_block(build_face_table(groups[start : start + _BLOCK_IMAGES], locator), images)
 
     def _cut_block(self, table: pa.Table, images: Counter[str]) -> tuple[Int64, UInt8]:
         """Cut the chips of a block of images, and count the images."""
@@ -238,7 +238,7 @@ class FaceCutter:
         return np.array(ids, np.int64), stack
 
 
-def _build_table(images: list[list[dict[str, Any]]], locator: ImageLocator) -> pa.Table:
+def build_face_table(images: list[list[dict[str, Any]]], locator: ImageLocator) -> pa.Table:
     """Build the table that the stage `KnownFaces` takes: one row per image, with its faces.
 
     Args:

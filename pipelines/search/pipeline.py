@@ -68,6 +68,7 @@ def run(
     # Refuse what cannot be replaced, and a missing index, before any query is read.
     check_output(out)
     manifest = manifests.load(table.path)  # raises before any image is read
+    manifests.require_contract(manifest, table)
     source = open_queries(queries, table.contract)
     check_place(out, queries, table.path)
     summary = SearchSummary(out=out, threshold=config.search.threshold)

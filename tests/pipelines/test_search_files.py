@@ -163,7 +163,7 @@ def test_an_odd_file_is_named(kinds: list[str], gallery: str, tmp_path_factory: 
     assert source is not None
     # Every file is read by its own column, and a column that is not the usual one is said.
     expected = np.concatenate([Faces().draw(np.arange(n, n + 1), 0) for n in range(len(kinds))])
-    found = [part.vectors[0] for block in source.cut_blocks(1) for part in read_block(block)]
+    found = [part.vectors[0] for block in source.cut_blocks(1) for part in read_block(block, 128)]
     assert np.allclose(found, expected, atol=1e-6)
     assert len(source.notes) == ("vector" in kinds)
     assert all("vector.parquet" in note for note in source.notes)

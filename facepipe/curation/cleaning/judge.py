@@ -32,7 +32,6 @@ from facepipe.nearest.similarity import Pairs
 from facepipe.types import Bool, Float32, Float64, Int64
 
 _START_OUTSIDE = np.float32(0.1)  # starting probability of a face outside the largest part of its identity
-_MAX_CONFLICT_DISTANCE = 0.25  # of the faces of a picture and of its copy under another name
 _ROWS = 65536
 
 
@@ -121,7 +120,7 @@ def judge_labels(
     # Decide, and overrule the decision to keep for unfit faces.
     verdicts = decide_labels(candidates, posteriors, photo, prior).take(voter)
     parts = IdentityParts(parts.part[voter], parts.size[voter])
-    verdicts = _question_conflicts(verdicts, copied, labels)
+    verdicts = _question_conflicts(verdicts, copied, labels, max_distance=duplicates.close_near)
     verdicts = _reject_low_quality(verdicts, graph, gallery, rules)
     if rules.duplicates:
         verdicts = _reject_copies(verdicts, copied, labels)
@@ -231,10 +230,12 @@ def _choose_voters(copied: _CopiedFaces, copies: Int64, labels: Int64) -> Int64:
     return first[group]
 
 
-def _question_conflicts(verdicts: LabelVerdicts, copied: _CopiedFaces, labels: Int64) -> LabelVerdicts:
+def _question_conflicts(
+    verdicts: LabelVerdicts, copied: _CopiedFaces, labels: Int64, *, max_distance: float
+) -> LabelVerdicts:
     """Overrule the decision to keep for copies of one face under two names: at most one name can be right."""
     count = len(labels)
-    certain = copied.pairs[copied.distance <= _MAX_CONFLICT_DISTANCE]
+    certain = copied.pairs[copied.distance <= max_distance]
     certain = certain[(labels[certain] >= 0).all(axis=1)]
     # Copies of copies are copies: a group of them with two labels is a conflict.
     group = find_components(count, certain[:, 0], certain[:, 1])

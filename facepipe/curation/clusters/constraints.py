@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from facepipe.curation.graph.nodes import Nodes
+from facepipe.curation.space import find_space_scale
 from facepipe.gallery import Gallery
 from facepipe.types import Bool, Float32, Int64
 
@@ -17,7 +18,8 @@ _MAX_GAP = 500  # faces of its photo that a face is kept apart from: pairs grow 
 _ROWS = 65536
 _PAIRS = 65536  # whose distances are computed at a time
 # Two faces of one photo that are nearer than this are one person's: in a mirror, a collage, or a photo of a photo.
-# Copies of a face are up to 0.2 apart, shrunk and compressed ones too, and strangers 0.24 and more.
+# In the space of dlib's network copies of a face are up to 0.2 apart, shrunk and compressed ones too, and strangers
+# 0.24 and more.
 _TWIN_DISTANCE = 0.2
 
 
@@ -29,21 +31,29 @@ def find_same_photo_pairs(gallery: Gallery, nodes: Nodes) -> Int64:
         # Hashes take less memory than the uris.
         photos.append(pd.util.hash_array(batch["uri"].to_numpy(zero_copy_only=False)))
         faces.append(at)
-    return drop_twins(pair_equal_keys(np.concatenate(photos), np.concatenate(faces)), nodes.vectors)
+    return drop_twins(
+        pair_equal_keys(np.concatenate(photos), np.concatenate(faces)), nodes.vectors, find_space_scale(gallery)
+    )
 
 
-def drop_twins(pairs: Int64, vectors: Float32) -> Int64:
-    """Drop the pairs (m, 2) of vectors that are as near as copies: they are one person's."""
+def drop_twins(pairs: Int64, vectors: Float32, scale: float = 1.0) -> Int64:
+    """Drop the pairs (m, 2) of vectors that are as near as copies: they are one person's.
+
+    Args:
+        pairs: positions of vectors.
+        vectors: unit vectors, (n, dim).
+        scale: how many times farther apart copies are in this space than in that of dlib's network.
+    """
     is_apart = np.ones(len(pairs), bool)
     for at in range(0, len(pairs), _PAIRS):
         part = pairs[at : at + _PAIRS]
-        is_apart[at : at + _PAIRS] = ~are_twins(vectors[part[:, 0]], vectors[part[:, 1]])
+        is_apart[at : at + _PAIRS] = ~are_twins(vectors[part[:, 0]], vectors[part[:, 1]], scale)
     return pairs[is_apart]
 
 
-def are_twins(vectors: Float32, others: Float32) -> Bool:
+def are_twins(vectors: Float32, others: Float32, scale: float = 1.0) -> Bool:
     """Tell whether unit vectors (n, d) are as near to others (n, d) as copies of one face, (n,)."""
-    return np.asarray(np.linalg.norm(vectors - others, axis=1) < _TWIN_DISTANCE, bool)
+    return np.asarray(np.linalg.norm(vectors - others, axis=1) < _TWIN_DISTANCE * scale, bool)
 
 
 def pair_equal_keys(keys: npt.NDArray[Any], numbers: Int64) -> Int64:

@@ -34,6 +34,7 @@ from facepipe.curation.clusters.tables import CLUSTERS, FACE_SCHEMA, FACES, read
 from facepipe.curation.graph.clusters import Clusters
 from facepipe.curation.graph.cohort import Cohort
 from facepipe.curation.graph.fitness import COLUMNS, find_unfit_faces
+from facepipe.curation.space import find_space_scale
 from facepipe.decisions.persons import DecidedFaces
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import find_changes
@@ -57,16 +58,11 @@ class GalleryChanges:
 
     Attributes:
         faces: face_id, uri, identity and what tells the quality of n new faces, by rising id.
-<<<<<<< HEAD
-        vectors: Their vectors, (n, 128).
+        vectors: Their vectors, (n, dim).
         removed: Sorted ids of faces that leave their cluster: they are no longer in the gallery, people ignore them, or
             they move.
         moved: Sorted ids of faces that leave their cluster for another, as people have decided. They are among the new
             faces and the removed ones.
-=======
-        vectors: Their vectors, (n, dim).
-        removed: Sorted ids of faces that have a cluster and are no longer in the gallery.
->>>>>>> 6d8cfef (Hold vectors of any length from 64 to 1024 numbers)
     """
 
     faces: pa.Table
@@ -332,8 +328,8 @@ def _apply_decisions(
     if len(wanted):
         rows = gallery.read_chosen_rows("face_id", pa.array(wanted), [*_READ_COLUMNS, "embedding"])
         batches = (batch for part in rows for batch in part.to_batches())
-        parts.append(_read_usable(batches))
-    faces, vectors = _merge_by_id(parts)
+        parts.append(_read_usable(batches, gallery.dim))
+    faces, vectors = _merge_by_id(parts, gallery.dim)
     kept = ~decided.is_ignored(np.asarray(faces["face_id"].to_numpy()))
     removed = np.union1d(delta.removed, np.union1d(ignored, moved))
     return GalleryChanges(faces.filter(pa.array(kept)), vectors[kept], removed, moved)
@@ -421,7 +417,7 @@ def _place_faces(
     # Keep new faces of one photo apart, and away from clusters that hold a face of the photo.
     if one_photo:
         photo = delta.faces["uri"].combine_chunks().dictionary_encode().indices.to_numpy()
-        different = drop_twins(pair_equal_keys(photo, np.arange(len(photo))), delta.vectors)
+        different = drop_twins(pair_equal_keys(photo, np.arange(len(photo))), delta.vectors, find_space_scale(gallery))
         excluded = _find_excluded(gallery, delta, assignments)
     # Compare through the index if that pays, and otherwise with all clusters.
     index = open_usable_index(gallery, sums.mark, len(faces) * count) if sums else None
@@ -469,7 +465,7 @@ def _find_excluded(gallery: Gallery, delta: GalleryChanges, assignments: Assignm
     known_ids = current["face_id"].to_numpy()[order]
     known_vectors = read_unit_vectors(current["embedding"], gallery.dim)[0][order]
     at = find_sorted(known_ids, pairs["face_id"].to_numpy())
-    is_apart = ~are_twins(delta.vectors[pairs["at"].to_numpy()], known_vectors[at])
+    is_apart = ~are_twins(delta.vectors[pairs["at"].to_numpy()], known_vectors[at], find_space_scale(gallery))
     pairs = pairs.filter(pa.array(is_apart))
     return np.unique(np.stack([pairs["at"].to_numpy(), pairs["cluster"].to_numpy()], axis=1), axis=0)
 

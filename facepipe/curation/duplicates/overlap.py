@@ -25,7 +25,7 @@ from facepipe.curation.one_person.model import OnePersonModel, sum_groups
 from facepipe.nearest.similarity import Pairs
 from facepipe.types import Float32, Int64
 
-_COPY_DISTANCE = 0.2  # of two faces of one picture; strangers are 0.24 and more apart
+_COPY_SHARE = 0.8  # of the limit of copies: two faces of one picture; with dlib's network 0.2, strangers 0.24 and more
 _EXPECTED_SHARE = 0.03  # of the persons of the smaller gallery, that both have, before any face is looked at
 
 
@@ -41,6 +41,7 @@ class SharedFaces:
         vectors: unit vectors of the nodes, (m, dim).
         density: densities of the nodes, (m,).
         max_neighbours: edges that a face can have.
+        copy_distance: distance up to which faces are of copies.
     """
 
     table: pa.Table
@@ -50,6 +51,7 @@ class SharedFaces:
     vectors: Float32
     density: Float32
     max_neighbours: int
+    copy_distance: float
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,11 @@ def _find_codes(table: pa.Table, codes: Int64, names: pa.ChunkedArray) -> Int64:
 def _compare_groups(faces: SharedFaces, shared: pa.Table, groups: Clusters, ends: Int64) -> GroupPairs:
     """Compute the mean similarity of two names' faces, without pairs of faces that are copies."""
     copies = find_shared_identities(
-        faces.table, faces.edges, faces.first, threshold=_COPY_DISTANCE, max_neighbours=faces.max_neighbours
+        faces.table,
+        faces.edges,
+        faces.first,
+        threshold=faces.copy_distance * _COPY_SHARE,
+        max_neighbours=faces.max_neighbours,
     )
     # Look up the copies of each pair by its names.
     keys = ["identity_0", "identity_1"]

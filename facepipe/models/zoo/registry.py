@@ -31,6 +31,9 @@ def _hash_template() -> str:
     return hashlib.sha256(repr(ARCFACE_112).encode()).hexdigest()
 
 
+# The limits of copies by tests/bench/duplicates.py, as in `DuplicateRule`.
+_DLIB_COPY_LIMITS = {"near": 0.12, "close_near": 0.25, "same_shot": 0.15}
+
 _ALL = (
     Card(
         name="retinaface-mnet025",
@@ -92,6 +95,7 @@ _ALL = (
         parameters=5_614_592,
         dim=128,
         metric="euclidean on unit vectors",
+        copy_limits=_DLIB_COPY_LIMITS,
         same_person=0.416,
     ),
     Card(
@@ -107,6 +111,7 @@ _ALL = (
         parameters=5_614_592,
         dim=128,
         metric="euclidean on unit vectors",
+        copy_limits=_DLIB_COPY_LIMITS,
         same_person=0.416,
     ),
     Card(
@@ -122,6 +127,7 @@ _ALL = (
         parameters=5_614_592,
         dim=128,
         metric="euclidean on unit vectors",
+        copy_limits=_DLIB_COPY_LIMITS,
     ),
     Card(
         name="fake-detector",
@@ -158,6 +164,7 @@ _ALL = (
         layout=ChipLayout((32, 32), template=_FAKE_TEMPLATE),
         dim=128,
         metric="euclidean on unit vectors",
+        copy_limits=_DLIB_COPY_LIMITS,
     ),
 )
 

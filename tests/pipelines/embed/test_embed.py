@@ -444,10 +444,10 @@ def test_a_model_of_another_length_leaves_no_gallery(drawings: Path, tmp_path: P
     from facepipe.models.zoo.architectures import ARCHITECTURES
     from facepipe.models.zoo.card_file import CardFile, save_model
 
-    net = ARCHITECTURES["mobilefacenet"].build(256, (96, 112))
-    card = CardFile("m", "", architecture="mobilefacenet", dim=256)
+    net = ARCHITECTURES["mobilefacenet"].build(32, (96, 112))
+    card = CardFile("m", "", architecture="mobilefacenet", dim=32)
     model = str(save_model(tmp_path / "m.toml", net.state_dict(), card))
-    with pytest.raises(ModelError, match="gives 256-D vectors"):
+    with pytest.raises(ModelError, match="gives 32-D vectors, and a gallery holds vectors of 64 to 1024"):
         embed(drawings, tmp_path / "g", {"embed": {"model": model}}, runner="inline")
     assert not (tmp_path / "g").exists()
 
