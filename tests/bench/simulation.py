@@ -220,6 +220,7 @@ def run(title: str, folder: Path, args: argparse.Namespace) -> Watch:
     settings = RunConfig(
         args.runner,
         workers=args.workers,
+        min_workers=args.workers,  # none ends and starts again while the listing is behind
         batch=args.block,
         block_largest=args.block,
         commit_seconds=args.commit_seconds,
