@@ -1,5 +1,6 @@
-"""The commands `facepipe evaluate pairs`, `index`, `clusters` and `clean`."""
+"""The commands `facepipe evaluate pairs`, `templates`, `index`, `clusters` and `clean`."""
 
+from enum import StrEnum
 from typing import Annotated, Any, Optional
 
 import typer
@@ -17,7 +18,9 @@ def pairs(
     file: Annotated[
         Optional[str],  # noqa: UP045
         typer.Argument(
-            metavar="PAIRS", help="LFW's pairs.txt, or a CSV with file_x, file_y, same.", show_default=False
+            metavar="PAIRS",
+            help="Pairs file: LFW's, RFW's, CPLFW's, CFP's, a .bin, or a CSV with file_x, file_y, same.",
+            show_default=False,
         ),
     ] = None,
     draw: Annotated[
@@ -94,6 +97,63 @@ def _print_pairs(title: str, result: Any, requested: int | None) -> None:
             shown = f"{tar:.4f} (distance <= {result.thresholds[far] or 0:.4f})"
         rows.append((f"TAR at FAR {far}", shown))
     print_table(title, ("", ""), rows)
+
+
+class TemplateWeight(StrEnum):
+    """What an image's vector is multiplied by in its template."""
+
+    NONE = "none"
+    SCORE = "score"
+    NORM = "norm"
+
+
+@app.command()
+def templates(
+    gallery: GalleryPath,
+    meta: Annotated[
+        str, typer.Argument(metavar="META", help="Folder of the protocol, such as IJBC/meta.", show_default=False)
+    ],
+    weight: Annotated[
+        TemplateWeight,
+        typer.Option(help="Weight of an image: the protocol's detector score, or the length of the network's vector."),
+    ] = TemplateWeight.NONE,
+    as_json: Json = False,
+) -> None:
+    """Measure templates by the protocols of IJB-B and IJB-C.
+
+    A template is a set of images of one person. Figures are TAR at fixed FAR over pairs of templates (1:1), and ranks
+    and TPIR at fixed FPIR per gallery (1:N). META holds the files of insightface's test suite: *_face_tid_mid.txt,
+    *_template_pair_label.txt, *_1N_gallery_G1.csv, *_1N_gallery_G2.csv, *_1N_probe_mixed.csv, *_name_5pts_score.txt.
+
+    For example:
+
+        facepipe evaluate templates gallery/ IJBC/meta
+    """
+    with exit_on_error():
+        from facepipe.evaluation.templates import evaluate_templates
+        from facepipe.gallery import Gallery
+
+        result = evaluate_templates(Gallery(gallery), meta, weight.value)
+        print_result(result.to_dict(), as_json=as_json, print_text=lambda: _print_templates(meta, result))
+
+
+def _print_templates(meta: str, result: Any) -> None:
+    rows = [("images, without a face", f"{result.images}, {result.without_face}"), ("templates", result.templates)]
+    if result.verification is not None:
+        verification = result.verification
+        rows.append(("pairs, of one person", f"{verification.pairs}, {verification.genuine}"))
+        rows.append(("AUC", f"{verification.auc:.5f}"))
+        for far, tar in verification.tar.items():
+            rows.append((f"TAR at FAR {far}", _format_share(tar, "too few impostor pairs")))
+    for number, search in enumerate(result.searches, 1):
+        rows.append((f"gallery {number}: enrolled", search.enrolled))
+        rows.append(("  probes of enrolled, of others", f"{search.mated}, {search.others}"))
+        rows.append(("  rank 1, 5, 10", ", ".join(f"{share:.4f}" for share in search.ranks.values())))
+        for fpir, tpir in search.tpir.items():
+            rows.append((f"  TPIR at FPIR {fpir}", _format_share(tpir, "too few probes of others")))
+    for fpir, tpir in result.tpir.items():
+        rows.append((f"TPIR at FPIR {fpir}, mean of galleries", _format_share(tpir, "too few probes of others")))
+    print_table(f"templates of {meta}", ("", ""), rows)
 
 
 @app.command()

@@ -167,7 +167,7 @@ def read_subject_rows(gallery: Gallery, names: set[str], columns: list[str]) -> 
     best_score: dict[str, float] = {}
     for batch in gallery.batches(sorted({"uri", "box", "width", "height", *columns})):
         for name, row in _iterate_named_rows(batch, names, depths):
-            score = _score_prominence(row)
+            score = score_prominence(row)
             if name not in best or score > best_score[name]:
                 best[name] = {column: row[column] for column in columns}
                 best_score[name] = score
@@ -187,7 +187,8 @@ def _iterate_named_rows(
                 yield name, {column: batch[column][n].as_py() for column in batch.schema.names}
 
 
-def _score_prominence(row: dict[str, Any]) -> float:
+def score_prominence(row: dict[str, Any]) -> float:
+    """Score how likely a face is the subject of its image; minus infinity without a face."""
     if row["box"] is None:
         return -np.inf
     x1, y1, x2, y2 = row["box"]

@@ -1,4 +1,4 @@
-"""Read pairs files: LFW's official pairs.txt, RFW's, CSV with two file columns and `same`, and insightface's `.bin`."""
+"""Read pairs files: those of LFW, RFW, CPLFW, CALFW, AgeDB and CFP, CSV with two file columns, insightface's `.bin`."""
 
 import csv
 import io
@@ -35,13 +35,17 @@ class Pair(NamedTuple):
 
 
 def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
-    """Read the pairs of a file. The images of a `.bin` are named as in a gallery of it: `lfw.bin/000000`.
+    """Read the pairs of a file, or of CFP's folder `Protocol/Split/FP` or `FF`.
+
+    The images of a `.bin` are named as in a gallery of it: `lfw.bin/000000`.
 
     Raises:
         EvaluationError: if the file or a line of it cannot be read.
     """
     if get_extension(os.fspath(path)) == VERIFICATION_EXTENSION:
         return _read_verification_pairs(os.fspath(path))
+    if os.path.isdir(path):
+        return _read_cfp(os.fspath(path))
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             text = file.read()
@@ -59,7 +63,103 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
         # RFW's files are LFW's without the first line.
         per_fold = max(1, -(-len(lines) // FOLDS))
         return [pair._replace(fold=n // per_fold) for n, pair in enumerate(_parse_lfw_lines(lines, os.fspath(path), 1))]
+    if _is_image(first[0]) and len(first) == 2 and first[1].isdigit():
+        return _parse_two_lines(lines, os.fspath(path))
+    if len(first) == 3 and sum(map(_is_image, first)) == 2 and any(word in ("0", "1", "-1") for word in first):
+        return _parse_two_images(lines, os.fspath(path))
     return _parse_csv(text, os.fspath(path))
+
+
+def _is_image(word: str) -> bool:
+    return get_extension(word) in IMAGE_EXTENSIONS
+
+
+def _cut_folds(pairs: list[Pair]) -> list[Pair]:
+    """Cut pairs into ten folds of consecutive ones."""
+    per_fold = max(1, -(-len(pairs) // FOLDS))
+    return [pair._replace(fold=n // per_fold) for n, pair in enumerate(pairs)]
+
+
+def _parse_two_lines(lines: list[str], path: str) -> list[Pair]:
+    """Parse CPLFW's and CALFW's format: a pair is two lines of an image and a number, 0 if they are two persons.
+
+    In CALFW the number of a pair of one person may be its fold.
+    """
+    images = []
+    for number, line in enumerate(lines, 1):
+        fields = line.split()
+        if not fields:
+            continue
+        if len(fields) != 2 or not fields[1].isdigit():
+            raise EvaluationError(f"{path}, line {number}: an image and a number expected: {line[:200]!r}")
+        images.append((to_image_name(fields[0]), int(fields[1]), number))
+    if len(images) % 2:
+        raise EvaluationError(f"{path}: {len(images)} images, of which two make a pair: the last line is missing")
+    pairs = []
+    for left, right in zip(images[::2], images[1::2], strict=True):
+        if bool(left[1]) != bool(right[1]):
+            raise EvaluationError(f"{path}, line {right[2]}: {right[1]} after {left[1]}: a pair has one number")
+        pairs.append(Pair(left[0], right[0], left[1] != 0, 0))
+    return _cut_folds(pairs)
+
+
+def _parse_two_images(lines: list[str], path: str) -> list[Pair]:
+    """Parse lines of two images and 1 or 0 (or -1) before or after them, as AgeDB's and others are handed out."""
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        fields = line.split()
+        if not fields:
+            continue
+        images = [field for field in fields if _is_image(field)]
+        flags = [field for field in fields if not _is_image(field)]
+        if len(images) != 2 or len(flags) != 1 or flags[0] not in ("0", "1", "-1"):
+            raise EvaluationError(f"{path}, line {number}: two images and 1 or 0 expected: {line[:200]!r}")
+        pairs.append(Pair(to_image_name(images[0]), to_image_name(images[1]), flags[0] == "1", 0))
+    return _cut_folds(pairs)
+
+
+def _read_cfp(folder: str) -> list[Pair]:
+    """Read CFP's protocol: ten folders of `same.txt` and `diff.txt`, with numbers of images in two lists."""
+    base = os.path.dirname(os.path.dirname(os.path.abspath(folder)))
+    kinds = os.path.basename(os.path.abspath(folder)).upper()
+    if kinds not in ("FP", "FF"):
+        raise EvaluationError(f"{folder!r} is not a pairs file, nor CFP's folder Protocol/Split/FP or FF")
+    frontal = _read_cfp_list(os.path.join(base, "Pair_list_F.txt"))
+    other = frontal if kinds == "FF" else _read_cfp_list(os.path.join(base, "Pair_list_P.txt"))
+    pairs = []
+    for fold in range(FOLDS):
+        for name, is_same in (("same.txt", True), ("diff.txt", False)):
+            path = os.path.join(folder, f"{fold + 1:02d}", name)
+            for number, line in enumerate(_read_lines(path), 1):
+                fields = line.split(",")
+                try:
+                    left, right = (int(field) for field in fields)
+                    pairs.append(Pair(frontal[left], other[right], is_same, fold))
+                except (ValueError, KeyError) as error:
+                    raise EvaluationError(
+                        f"{path}, line {number}: two numbers of the lists expected: {line[:200]!r}"
+                    ) from error
+    return pairs
+
+
+def _read_cfp_list(path: str) -> dict[int, str]:
+    """Read lines of a number and a path, such as `1 ../Data/Images/001/frontal/01.jpg`."""
+    images = {}
+    for number, line in enumerate(_read_lines(path), 1):
+        index, _, image = line.strip().partition(" ")
+        parts = to_image_name(image).split("/")
+        if not index.isdigit() or len(parts) < 3:
+            raise EvaluationError(f"{path}, line {number}: a number and a path expected: {line[:200]!r}")
+        images[int(index)] = "/".join(parts[-3:])
+    return images
+
+
+def _read_lines(path: str) -> list[str]:
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return [line for line in file.read().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"cannot read {path!r}: {error}") from error
 
 
 def _read_verification_pairs(path: str) -> list[Pair]:
