@@ -169,6 +169,8 @@ def _print_summary(gallery: str, summary: Any) -> None:
         print(f"and {summary.images - _MAX_SHOWN} more: --json names up to {MAX_NAMED}")
     if summary.unknown:
         print(f"{summary.unknown} images of the receipts are not in this gallery, and are kept out of it")
+    if summary.decisions:
+        print(f"{summary.decisions} decisions about them went too")
     for path in summary.receipts:
         print(f"receipt: {path}")
     for path in summary.trained:

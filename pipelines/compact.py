@@ -3,6 +3,7 @@
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from facepipe.decisions.table import compact_table
 from facepipe.erasure.takeup import RequestTaker
 from facepipe.gallery import Gallery
 from facepipe.gallery.commits.committer import Committer
@@ -40,6 +41,7 @@ class CompactSummary:
         bytes: Their size.
         files: Files of the table now.
         version: Version of the table now.
+        decisions: Files of the table of decisions that were joined.
         dry_run: Whether nothing was done, but only counted.
     """
 
@@ -50,6 +52,7 @@ class CompactSummary:
     bytes: int = 0
     files: int = 0
     version: int = -1
+    decisions: int = 0
     dry_run: bool = False
 
 
@@ -91,6 +94,7 @@ def _compact(config: CompactConfig, gallery: str, everything: bool) -> CompactSu
         delete_files(deleted, lease)
         with suppress(UploadsUnknownError):
             delete_uploads(gallery, lease)
+        decisions = compact_table(gallery, config.keep_hours * _SECONDS_PER_HOUR, everything=everything)
         compacted = Gallery(gallery)
         return CompactSummary(
             repaired=repaired,
@@ -100,6 +104,7 @@ def _compact(config: CompactConfig, gallery: str, everything: bool) -> CompactSu
             bytes=sum(entry.size for entry in deleted),
             files=len(compacted.files()),
             version=compacted.version,
+            decisions=decisions,
         )
 
 

@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from zipfile import BadZipFile
 
 import numpy as np
 
 from facepipe import storage
+from facepipe.decisions.erase import find_confirmed_faces, scrub_names
 from facepipe.erasure import pending, steps
 from facepipe.erasure.clock import ErasableImages, select_erasable
 from facepipe.erasure.limits import (
@@ -55,6 +56,7 @@ class EraseSummary:
         foreign: files below reports/ that facepipe did not write and that hold erased data. They are left as they are.
         chips: files of training chips that hold erased faces, in folders that trainings on the gallery have recorded.
         trained: folders' lists of faces that a model was trained on, if erased ones are among them.
+        decisions: decisions about the erased faces and persons that were deleted.
         left_foreign: number of such files that were found when another run completed the erasure.
         unmatched: which names in the selection match nothing, with the nearest ones that the gallery holds.
         others: faces that were not meant: other faces in the photos of a person.
@@ -76,6 +78,7 @@ class EraseSummary:
     foreign: list[str] = field(default_factory=list)
     chips: list[str] = field(default_factory=list)
     trained: list[str] = field(default_factory=list)
+    decisions: int = 0
     left_foreign: int = 0
     unmatched: list[str] = field(default_factory=list)
     others: int = 0
@@ -116,6 +119,8 @@ def run(
     table = Gallery(gallery)
     limit = limit or choose_limit(selection)
     selection.build_filter(read_time())  # refuse an empty selection before anything is done
+    # Faces that people say are the person go as well, whatever the source calls them.
+    selection = replace(selection, confirmed=tuple(find_confirmed_faces(table, selection.identities).tolist()))
     if dry_run:
         chosen = select_erasable(table, selection, limit, writes=False)
         selected = chosen.images
@@ -161,6 +166,11 @@ def _erase(
         progress(f"{selected.images} images, {len(selected.faces)} faces: no search returns them any more")
     summary.seconds["hide"] = round(time.monotonic() - began, 3)
     _advance(gallery, summary, [erasure.id] if erasure and wait else [], progress)
+    # Decisions may name somebody of whom the gallery has no image.
+    if not selected.images and selection.list_conditions() == ["identities"]:
+        summary.decisions = scrub_names(table, selection.identities)
+        if summary.decisions:
+            summary.unmatched = []
     if is_repeated and not selected.images:
         summary.unmatched = []
     if erasure:
@@ -360,6 +370,7 @@ def _note_completion(gallery: str, erasure: PendingErasure, summary: EraseSummar
         summary.images = receipt.images
         summary.faces = receipt.faces
         summary.rows = receipt.rows
+        summary.decisions = receipt.decisions
     run = get_current_run()
     if run is not None:
         run.add_count("erased_images", receipt.images)

@@ -17,8 +17,8 @@ from facepipe.decisions.rows import PROPOSED, Problem, Problems, WrittenRow, par
 from facepipe.decisions.schema import KINDS, SCHEMA, UNDO, compute_decision_id, conform_rows
 from facepipe.decisions.table import DecisionTable, DecisionWriter, hold_decisions
 from facepipe.decisions.undo import drop_repeated, find_active
-from facepipe.errors import ConfigError
-from facepipe.gallery.hidden import HiddenWatch
+from facepipe.errors import ConfigError, GalleryBusyError
+from facepipe.gallery.hidden import HiddenWatch, list_complete, list_requests
 from facepipe.gallery.table import Gallery
 from facepipe.types import Bool
 
@@ -40,7 +40,7 @@ class AddSummary:
         is_applied: whether the table holds all rows that are not refused. False if there are refused rows that nobody
             said to skip, and in a dry run.
         dry_run: nothing was written; the counts say what would be.
-        added_ids: ids of the decisions that were added.
+        added_ids: sorted ids of the decisions that were added.
         version: version of the table of decisions; -1 if there is none.
     """
 
@@ -83,7 +83,6 @@ def add_decisions(
     skip_bad: bool = False,
     replace: bool = False,
     dry_run: bool = False,
-    known_faces: pa.Table | None = None,
 ) -> AddSummary:
     """Add decisions to a gallery.
 
@@ -104,8 +103,6 @@ def add_decisions(
         skip_bad: add the other rows if some cannot be applied.
         replace: take an older decision back if a new one says the opposite.
         dry_run: only say what would be done.
-        known_faces: faces that the caller has read from the gallery just now: face_id, image_id and box. If all faces
-            are among them, the gallery's table is not read, which in a large one takes a while.
 
     Returns:
         What was added. Look at `is_applied` and `problems`: refused rows raise nothing.
@@ -117,7 +114,7 @@ def add_decisions(
     """
     opened = gallery if isinstance(gallery, Gallery) else Gallery(gallery)
     options = AddOptions(who=who, skip_bad=skip_bad, replace=replace, dry_run=dry_run)
-    return _Addition(opened, options, known_faces).run(_number_rows(rows, source))
+    return _Addition(opened, options).run(_number_rows(rows, source))
 
 
 def undo_decisions(
@@ -170,17 +167,18 @@ def _number_rows(rows: Iterable[Mapping[str, Any] | WrittenRow], source: str) ->
 class _Addition:
     """One call of `add_decisions`."""
 
-    def __init__(self, gallery: Gallery, options: AddOptions, known_faces: pa.Table | None):
+    def __init__(self, gallery: Gallery, options: AddOptions):
         self.gallery = gallery
         self.options = options
-        self.known_faces = known_faces
         self.summary = AddSummary(dry_run=options.dry_run)
         self.problems = Problems()
+        self.erasures: frozenset[str] = frozenset()
 
     def run(self, written: Iterable[WrittenRow]) -> AddSummary:
         proposed = self._read(written)
         self.summary.rows = proposed.num_rows + self.problems.count
         # Faces are looked for before the lease is held, because that may take a while.
+        self.erasures = _list_erasures(self.gallery.path)
         new = self._resolve(proposed)
         if self.options.dry_run:
             self._prepare(DecisionTable(self.gallery.path), new)
@@ -198,6 +196,9 @@ class _Addition:
         return self.options.skip_bad or not self.problems.count
 
     def _append(self, writer: DecisionWriter, new: pa.Table) -> None:
+        # An erasure that was recorded since may have looked at the decisions already.
+        if _list_erasures(self.gallery.path) != self.erasures:
+            raise GalleryBusyError("images were erased meanwhile, and nothing was added: run the same command again")
         rows = self._prepare(writer.table, new)
         self.summary.is_applied = self._may_go_on()
         if self.summary.is_applied and rows.num_rows:
@@ -249,7 +250,7 @@ class _Addition:
             pa.concat_arrays([keys.image_id, others.image_id]),
             np.concatenate([keys.box, others.box]),
         )
-        found = find_faces(self.gallery, both, self.known_faces)
+        found = find_faces(self.gallery, both)
         count = rows.num_rows
         for prefix, part in (("", slice(0, count)), ("other_", slice(count, 2 * count))):
             ids = found.face_id[part]
@@ -400,6 +401,11 @@ class _Addition:
         self.problems.add(place, f"conflict: {reason}. It contradicts {others}" if others else f"conflict: {reason}")
         for position in newer[1:]:
             self.problems.add(rows["place"][position].as_py(), f"conflict: see {place}")
+
+
+def _list_erasures(gallery: str) -> frozenset[str]:
+    """List the ids of all erasures, complete or not."""
+    return frozenset(list_requests(gallery)) | list_complete(gallery)
 
 
 def _to_mask(column: pa.Array | pa.ChunkedArray) -> Bool:

@@ -106,7 +106,7 @@ def _make_empty(key: str) -> pa.Table:
     return pa.schema(list(kinds.items())).empty_table()
 
 
-def find_faces(gallery: Gallery, keys: FaceKeys, known: pa.Table | None = None) -> FaceKeys:
+def find_faces(gallery: Gallery, keys: FaceKeys) -> FaceKeys:
     """Find the faces that keys mean in the gallery.
 
     A face is found by its id, if its box is that of the key. Else it is the face of the same image whose box overlaps
@@ -115,15 +115,11 @@ def find_faces(gallery: Gallery, keys: FaceKeys, known: pa.Table | None = None) 
     Args:
         gallery: the gallery.
         keys: n keys.
-        known: faces that the caller has read from the gallery: face_id, image_id and box. The table is read only for
-            what is not among them.
 
     Returns:
         The faces, n keys as the gallery has them; the id is -1 for one that the gallery does not hold.
     """
     found = _FoundFaces(keys)
-    if known is not None and known.num_rows:
-        found.match_ids(known)
     for start in range(0, len(keys), _KEYS_AT_ONCE):
         part = slice(start, start + _KEYS_AT_ONCE)
         is_wanted = (found.face_id[part] < 0) & (keys.face_id[part] >= 0)

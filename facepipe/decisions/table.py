@@ -289,6 +289,29 @@ def hold_decisions(gallery: str, purpose: str = "") -> Iterator[DecisionWriter]:
         yield DecisionWriter(DecisionTable(gallery), lease)
 
 
+def compact_table(gallery: str, older_than: float, *, everything: bool = False) -> int:
+    """Join the table's small files if there are many, and delete files that left it long ago.
+
+    Args:
+        gallery: path or URL of the gallery.
+        older_than: seconds for which a file must have existed to be deleted.
+        everything: join from two small files on.
+
+    Returns:
+        The number of files that were joined.
+    """
+    if not DecisionTable(gallery).exists:
+        return 0
+    with hold_decisions(gallery) as writer:
+        small = [file for file in writer.table.files if file.size < _SMALL_BYTES]
+        is_due = len(small) >= (2 if everything else _MANY_FILES)
+        if is_due:
+            joined = pa.concat_tables([writer.table.read_file(file.path) for file in small])
+            writer.commit(joined, [file.path for file in small], "OPTIMIZE")
+        writer.delete_unreferenced(older_than)
+    return len(small) if is_due else 0
+
+
 def encode_rows(rows: pa.Table) -> bytes:
     """Encode rows of the table as Parquet."""
     sink = io.BytesIO()

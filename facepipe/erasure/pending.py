@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -34,7 +34,8 @@ from facepipe.types import Int64
 ROWS = "rows"
 INDEX = "index"
 REPORTS = "reports"
-PARTS = (ROWS, INDEX, REPORTS)
+DECISIONS = "decisions"
+PARTS = (ROWS, INDEX, REPORTS, DECISIONS)
 # Comes when these are done, under the gallery's lease.
 FILES = "files"
 
@@ -50,6 +51,7 @@ _FIELDS = {
     ROWS: ("version_before", "version_after", "files_before", "files_after"),
     INDEX: ("vectors", "index_before", "index_after"),
     REPORTS: ("reports", "foreign"),
+    DECISIONS: ("decisions",),
     FILES: ("files_deleted", "log_files_deleted"),
 }
 # The arrays of SelectedImages, by the type they have there.
@@ -119,7 +121,7 @@ def write_pending(gallery: str, erasure: PendingErasure, *, must_exist: bool = F
         "share": erasure.share,
     }
     if erasure.selection is not None and erasure.requested is not None:
-        head["selection"] = asdict(erasure.selection)
+        head["selection"] = erasure.selection.to_dict()
         head["requested"] = erasure.requested.isoformat()
     sink = io.BytesIO()
     # The receipt so far, and the version of the table, go into the file's metadata.

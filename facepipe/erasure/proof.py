@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from facepipe import storage
+from facepipe.decisions.table import FOLDER as DECISIONS_FOLDER
 from facepipe.erasure import pending
 from facepipe.erasure.chain import read_chain
 from facepipe.erasure.foreign import iterate_words
@@ -133,6 +134,7 @@ def check_erased(gallery: Gallery, receipt: Receipt, *, of_other_gallery: bool =
         *_check_log(gallery, hashes),
         *_check_vectors(gallery, hashes),
         *_check_reports(gallery, hashes),
+        *_check_decisions(gallery, hashes),
         *_check_uploads(gallery, receipt),
     ]
     # Places may be clean by now although steps are left.
@@ -301,6 +303,16 @@ def _check_reports(gallery: Gallery, hashes: _MentionCounter) -> Iterator[str]:
             count = 0 if is_link(file.url) else _count_anywhere(file.url, hashes)
             if count:
                 yield f"reports/{name}/{os.path.relpath(file.url, store.folder)}: {count} mentions"
+
+
+def _check_decisions(gallery: Gallery, hashes: _MentionCounter) -> Iterator[str]:
+    """Check the table of decisions: its files, also those that it no longer names, and its log."""
+    base = storage.join(gallery.path, DECISIONS_FOLDER).rstrip("/") + "/"
+    for file in storage.list_files(base):
+        name = file.url.removeprefix(base)
+        count = 0 if is_link(file.url) or name.startswith(LEASE_FILE) else _count_anywhere(file.url, hashes)
+        if count:
+            yield f"{DECISIONS_FOLDER}/{name}: {count} mentions"
 
 
 def _count_anywhere(path: str, hashes: _MentionCounter) -> int:

@@ -55,6 +55,7 @@ class Receipt:
         index_after: index files that replaced them, likewise.
         reports: report files that were changed or deleted.
         foreign: files below the reports that facepipe did not write and that hold erased data; they are still there.
+        decisions: decisions about the erased faces and persons that were deleted.
         log_files_deleted: files of the table's log that were deleted.
         suppressed: whether the images are kept from being embedded again.
         continues: id of the erasure of which this is a later part: images that a running job brought later.
@@ -87,6 +88,7 @@ class Receipt:
     index_after: dict[str, str] = field(default_factory=dict)
     reports: list[str] = field(default_factory=list)
     foreign: int = 0
+    decisions: int = 0
     log_files_deleted: int = 0
     suppressed: bool = True
     continues: str = ""
@@ -119,6 +121,9 @@ class Receipt:
     def _compute_mac(self) -> str:
         key = require_key(self.key, f"the receipt {self.id}").derive("receipt")
         content = {name: value for name, value in self.to_dict().items() if name != "mac"}
+        # Receipts that an older version has signed have no such count.
+        if not self.decisions:
+            del content["decisions"]
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hmac.digest(key, text.encode(), hashlib.sha256).hex()
 

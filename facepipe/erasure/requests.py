@@ -7,9 +7,9 @@ the images out, and adds the request to `erased/hidden.list`. Readers look at th
 an export and a search leave the images out from then on, also if they were opened before. If the index is behind the
 table, it may hold faces of earlier contents under other ids; `find_indexed_faces` adds them in a second step.
 
-**Do** (`facepipe.erasure.steps`) has three parts, each under the lease of its folder: rows, index and reports. The
-command that recorded the request does every part whose lease is free. A running job does the part whose lease it
-holds, and the others if their leases are free (`facepipe.erasure.takeup`):
+**Do** (`facepipe.erasure.steps`) has four parts, each under the lease of its folder: rows, index, reports and
+decisions. The command that recorded the request does every part whose lease is free. A running job does the part whose
+lease it holds, and the others if their leases are free (`facepipe.erasure.takeup`):
 
 - embed, adopt and compact look for requests every second, in a thread of their own. They delete the rows in a commit
   of their own, between two commits of their work. From the first sight of a request to the end of the run, the images
@@ -19,7 +19,7 @@ holds, and the others if their leases are free (`facepipe.erasure.takeup`):
   written may hold the images, because they read an older version of the table. Until then readers leave them out.
 - nightly finishes requests between its steps.
 
-Old files are deleted last, when all three parts are done. So a job that reads an older version of the table and holds
+Old files are deleted last, when all parts are done. So a job that reads an older version of the table and holds
 the lease of the index or the reports keeps its files until its end. Then the receipt is written, and the request is
 taken off the list. Everything can be repeated: after a crash at any point the next job or erase resumes.
 
@@ -32,6 +32,7 @@ from datetime import UTC, datetime
 import numpy as np
 
 import facepipe
+from facepipe.decisions.erase import find_former_ids
 from facepipe.erasure import pending
 from facepipe.erasure.pending import PendingErasure
 from facepipe.erasure.receipt import Receipt
@@ -113,17 +114,18 @@ def _write_request(gallery: str, erasure: PendingErasure) -> None:
 
 
 def find_indexed_faces(gallery: str, erasure: PendingErasure) -> Int64:
-    """Find faces of a request's images that only the index holds, and have readers leave them out.
+    """Find faces of a request's images that only the index or decisions know, and have readers leave them out.
 
-    If the index answers for the table, there are none. Else the labels of all its faces are read.
+    If the index answers for the table, it has none. Else the labels of all its faces are read. Decisions know faces
+    under the ids that they had before their images were embedded anew.
 
     Returns:
         Their ids.
     """
-    if not manifests.exists(gallery):
-        return np.empty(0, np.int64)
-    ids = find_indexed_ids(gallery, erasure.selected)
-    faces = np.setdiff1d(ids, erasure.selected.faces.to_numpy())
+    parts = [find_former_ids(Gallery(gallery), erasure.selected.uris)]
+    if manifests.exists(gallery):
+        parts.append(find_indexed_ids(gallery, erasure.selected))
+    faces = np.setdiff1d(np.concatenate(parts), erasure.selected.faces.to_numpy())
     if len(faces):
         pending.write_indexed(gallery, erasure, faces)
     return faces

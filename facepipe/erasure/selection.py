@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import quote
@@ -47,6 +47,7 @@ class Selection:
         older_than_days: minimum age in days since the image was embedded.
         ids: face ids or image ids.
         missing: only images that their source no longer lists.
+        confirmed: ids of faces that people say are one of `identities`, whatever their label.
     """
 
     images: tuple[str, ...] = ()
@@ -57,10 +58,19 @@ class Selection:
     older_than_days: float | None = None
     ids: tuple[str, ...] = ()
     missing: bool = False
+    confirmed: tuple[int, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the conditions for JSON."""
+        values = asdict(self)
+        # An older facepipe, which may be running, does not know it.
+        if not self.confirmed:
+            del values["confirmed"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Selection":
-        """Make a selection from what `dataclasses.asdict` returned, also if it has been JSON since."""
+        """Make a selection from what `to_dict` returned, also if it has been JSON since."""
         settings: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
         }
@@ -68,7 +78,9 @@ class Selection:
 
     def list_conditions(self) -> list[str]:
         """List the names of the conditions that are set. Their values may be personal data."""
-        return [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        # Confirmed faces are no condition of their own.
+        names = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        return [name for name in names if name != "confirmed"]
 
     @property
     def is_personal(self) -> bool:
@@ -111,7 +123,9 @@ class Selection:
             # Each condition that is set becomes one expression.
             yield _match_images(self.images)
         if self.identities:
-            yield _match_labels(self.identities, has_exact_text=has_exact_text)
+            has_label = _match_labels(self.identities, has_exact_text=has_exact_text)
+            is_confirmed = ds.field("face_id").isin(pa.array(self.confirmed, pa.int64()))
+            yield has_label | is_confirmed if self.confirmed else has_label
         if self.source is not None:
             yield ds.field("source") == pa.scalar(escape_undecodable(self.source), pa.string())
         if self.below:
@@ -359,7 +373,7 @@ class _MeantFaces:
     """
 
     def __init__(self, selection: Selection):
-        self._chosen = _list_face_ids(selection.ids)
+        self._chosen = _list_face_ids(selection.ids) | set(selection.confirmed)
         self._labels = {form for label in selection.identities for form in list_label_forms(label)}
         self._meant: set[int] = set()
         self._photos: set[int] = set()

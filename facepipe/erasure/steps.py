@@ -1,8 +1,8 @@
 """The steps of an erasure. Each can be repeated, and then does what is left of it.
 
-An erasure has three parts: rows, index and reports. Each is done under the lease of its folder, by whoever holds that
-lease or can get it. So a job that runs for weeks and holds one lease does its part of an erasure that another process
-has recorded, and the other process does the rest.
+An erasure has four parts: rows, index, reports and decisions. Each is done under the lease of its folder, by whoever
+holds that lease or can get it. So a job that runs for weeks and holds one lease does its part of an erasure that
+another process has recorded, and the other process does the rest.
 """
 
 import os
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
@@ -23,12 +24,14 @@ import pyarrow.parquet as pq
 from facepipe import storage
 from facepipe.curation.report_folders import delete_uploads as delete_report_uploads
 from facepipe.curation.report_folders import get_report_name, is_disposable, is_our_listing, owns_file
+from facepipe.decisions import table as decision_table
+from facepipe.decisions.erase import ErasedPerson, scrub_decisions
 from facepipe.erasure import pending, vectors
 from facepipe.erasure.chain import save_receipt
 from facepipe.erasure.erased_data import ErasedData
 from facepipe.erasure.foreign import mentions_erased
 from facepipe.erasure.limits import count_rows, is_beyond
-from facepipe.erasure.pending import FILES, INDEX, REPORTS, ROWS, PendingErasure
+from facepipe.erasure.pending import DECISIONS, FILES, INDEX, REPORTS, ROWS, PendingErasure
 from facepipe.erasure.receipt import Receipt
 from facepipe.erasure.reports import scrub_report, scrub_reports
 from facepipe.erasure.selection import SelectedImages, select_again
@@ -39,6 +42,7 @@ from facepipe.gallery.commits.rewrite import Action, RewriteTrace, plan_rewrite_
 from facepipe.gallery.maintenance.vacuum import claim_unreferenced, delete_files, delete_history, delete_uploads
 from facepipe.index import manifest as manifests
 from facepipe.observe.runs import new_run_id
+from facepipe.sources.labels import format_label
 from facepipe.storage.cache import get_cache_folder
 from facepipe.storage.lease import ERASURE, LEASE_FILE, Lease, hold_lease
 from facepipe.storage.owned import delete_owned
@@ -204,6 +208,9 @@ class _ErasureSteps:
             if not self._is_done(REPORTS) and REPORTS in parts:
                 with self._measure("reports"):
                     self._clean_reports(update_clusters)
+            if not self._is_done(DECISIONS) and DECISIONS in parts:
+                with self._measure("decisions"):
+                    self._clean_decisions()
         if not self._refresh() or not self.erasure.done.issuperset(pending.PARTS):
             return not pending.is_pending(self.gallery, self.erasure.id)
         # A run that reads the old files holds the lease of the index or the reports, so none does by now.
@@ -379,10 +386,7 @@ class _ErasureSteps:
         """Describe what reports must not hold; a label that other images still have may stay."""
         # The rows are gone by now: a name that still has rows belongs to images that stay.
         selected = self.erasure.selected
-        names_in_use: set[str] = set()
-        has_name = ds.field("identity").isin(selected.names)
-        for batch in Gallery(self.gallery).batches(["identity"], has_name, rows=_BATCH_ROWS):
-            names_in_use.update(pc.unique(batch["identity"]).to_pylist())
+        names_in_use = self._find_names_in_use(selected.names)
         return ErasedData(
             uris=frozenset([*selected.uris.to_pylist(), *filter(None, selected.former_uris.to_pylist())]),
             names=frozenset(selected.names.to_pylist()) - names_in_use,
@@ -390,6 +394,15 @@ class _ErasureSteps:
             faces=np.union1d(selected.faces.to_numpy(), self.erasure.indexed),
             marks=np.unique(selected.marks.to_numpy()),
         )
+
+    def _find_names_in_use(self, names: pa.Array) -> frozenset[str]:
+        """Find the labels among some names that images of the gallery have."""
+        in_use: set[str] = set()
+        if len(names):
+            has_name = ds.field("identity").isin(names)
+            for batch in Gallery(self.gallery).batches(["identity"], has_name, rows=_BATCH_ROWS):
+                in_use.update(pc.unique(batch["identity"]).to_pylist())
+        return frozenset(in_use)
 
     def _iterate_scrubbed(self, folder: str, names: list[str], erased: ErasedData, lease: Lease) -> Iterator[str]:
         """Remove erased data from all reports, and yield the name of each file that changed."""
@@ -439,6 +452,35 @@ class _ErasureSteps:
             store.push(last="report.html", before_each=lease.check)
         return [f"{name}/{inner}" for inner in changed]
 
+    # ---- decisions
+
+    def _clean_decisions(self) -> None:
+        """Delete what people have decided about the erased."""
+        erased = self._describe_erased()
+        selection = self.erasure.selection
+        # Somebody who is chosen by name, and has no image left, is erased as a person.
+        is_by_name = selection is not None and selection.list_conditions() == ["identities"]
+        chosen = {format_label(name) for name in selection.identities} if selection and is_by_name else set()
+        in_use = self._find_names_in_use(pa.array(sorted(filter(None, chosen)), pa.string()))
+
+        def note(count: int) -> None:
+            # A repeated step finds less than the first attempt did, so the larger count stays.
+            self.receipt.decisions = max(self.receipt.decisions, count)
+            self._save_progress(DECISIONS, None)
+
+        person = ErasedPerson(
+            faces=erased.faces,
+            contents=erased.contents,
+            texts=erased.uris | erased.contents | frozenset(map(str, erased.faces.tolist())),
+            names=erased.names,
+            meant_names=frozenset(name for name in chosen if name is not None) - in_use,
+        )
+        try:
+            scrub_decisions(self.gallery, person, note)
+        except GalleryBusyError:
+            return
+        self._end_part(DECISIONS, None)
+
     # ---- files and receipt
 
     def _delete_files(self, lease: Lease) -> bool:
@@ -480,7 +522,7 @@ class _ErasureSteps:
 
     def _sync_disks(self) -> None:
         """Have what was changed and deleted stay so, on every disk that holds a part of the gallery or a copy."""
-        names = ("faces", manifests.FOLDER, REPORTS_FOLDER)
+        names = ("faces", manifests.FOLDER, REPORTS_FOLDER, decision_table.FOLDER)
         folders = [self.gallery, *(storage.join(self.gallery, name) for name in names)]
         storage.sync_disks(*([get_cache_folder()] if storage.is_remote(self.gallery) else folders))
 

@@ -164,9 +164,25 @@ def delete_history(gallery: Gallery, lease: Lease) -> int:
     Raises:
         GalleryBusyError: another run has taken the lease over.
     """
+    return delete_older_log(gallery.faces_folder, lease)
+
+
+def delete_older_log(folder: str, lease: Lease) -> int:
+    """Delete the log of all versions of a table before the newest, which is kept as a checkpoint.
+
+    Args:
+        folder: path or URL of the table.
+        lease: under which the table is written.
+
+    Returns:
+        The number of files deleted.
+
+    Raises:
+        GalleryBusyError: another run has taken the lease over.
+    """
     # The checkpoint holds the whole state, so that the entries before it are not needed. It is on disk before they go.
-    newest = write_checkpoint(gallery.faces_folder, lease)
-    base = storage.join(gallery.faces_folder, LOG).rstrip("/") + "/"
+    newest = write_checkpoint(folder, lease)
+    base = storage.join(folder, LOG).rstrip("/") + "/"
     outdated = []
     for entry in storage.list_files(base):
         name = entry.url.removeprefix(base)
