@@ -23,6 +23,7 @@ from facepipe.gallery.table import Gallery
 from facepipe.types import Bool
 
 _MIN_PREFIX = 6
+_BATCH_ROWS = 8192
 
 
 @dataclass
@@ -223,18 +224,19 @@ class _Addition:
         # Rows that the table has already need no face: it may be gone since.
         known = DecisionTable(self.gallery.path)
         known_ids = known.read()["decision_id"].combine_chunks() if known.exists else pa.array([], pa.string())
+        given = proposed["decision_id"].drop_null()
         given_ids = self._compute_ids(proposed)
+        proposed = _set(proposed, "decision_id", given_ids)
         is_known = np.asarray(pc.is_in(given_ids, known_ids).to_numpy(zero_copy_only=False), bool)
         unknown = self._fill_only_faces(proposed.filter(pa.array(~is_known)))
         found = self._find_faces(unknown)
         # The id rests on the face as the file names it; on the face that was found if it names none.
-        ids = pc.coalesce(self._compute_ids(unknown), self._compute_ids(found))
-        found = _set(found, "decision_id", ids)
+        found = _set(found, "decision_id", self._compute_ids(found))
         found = self._drop_unknown_faces(unknown, found)
-        again = _set(proposed, "decision_id", given_ids).filter(pa.array(is_known))
+        again = proposed.filter(pa.array(is_known))
         rows = pa.concat_tables([_to_table_rows(again), _to_table_rows(found)])
         ordered = drop_repeated(rows.sort_by([("decision_id", "ascending"), ("place", "ascending")]))
-        return self._fill_who(ordered, proposed["decision_id"].drop_null())
+        return self._fill_who(ordered, given)
 
     def _fill_only_faces(self, rows: pa.Table) -> pa.Table:
         for prefix in ("", "other_"):
@@ -281,17 +283,11 @@ class _Addition:
 
     def _compute_ids(self, rows: pa.Table) -> pa.Array:
         """Compute the ids of rows; null for one that lacks the id of a face. An id that a row has is kept."""
-        ids: list[str | None] = []
-        for row in rows.select([name for name in PROPOSED.names if name not in ("box", "other_box")]).to_pylist():
-            faces = KINDS[row["decision"]].faces
-            has_faces = (faces < 1 or row["face_id"] is not None) and (faces < 2 or row["other_face_id"] is not None)
-            if row["decision_id"] is not None:
-                ids.append(row["decision_id"])
-            elif not has_faces:
-                ids.append(None)
-            else:
-                ids.append(_compute_row_id(row, faces))
-        return pa.array(ids, pa.string())
+        columns = [name for name in PROPOSED.names if name not in ("box", "other_box")]
+        # Some thousand rows at a time, because rows as dictionaries take ten times the memory.
+        batches = rows.select(columns).to_batches(_BATCH_ROWS)
+        ids = (pa.array(map(_compute_row_id, batch.to_pylist()), pa.string()) for batch in batches)
+        return pa.concat_arrays([pa.array([], pa.string()), *ids])
 
     def _fill_who(self, rows: pa.Table, exported: pa.ChunkedArray) -> pa.Table:
         """Fill in who has decided, but in rows that come from an export: there it is known that nobody said."""
@@ -412,7 +408,12 @@ def _to_mask(column: pa.Array | pa.ChunkedArray) -> Bool:
     return np.asarray(column.to_numpy(zero_copy_only=False), bool)
 
 
-def _compute_row_id(row: dict[str, Any], faces: int) -> str:
+def _compute_row_id(row: dict[str, Any]) -> str | None:
+    faces = KINDS[row["decision"]].faces
+    if row["decision_id"] is not None:
+        return str(row["decision_id"])
+    if (faces >= 1 and row["face_id"] is None) or (faces == 2 and row["other_face_id"] is None):
+        return None
     return compute_decision_id(
         row["decision"],
         face=str(row["face_id"]) if faces else "",

@@ -38,7 +38,7 @@ PROPOSED = pa.schema(
 )
 """The columns of rows that are not in the table yet."""
 
-_BATCH_ROWS = 1 << 16
+_BATCH_ROWS = 1 << 13
 _MAX_ID = 1 << 63
 # Whole numbers up to here are exact in a float, such as JavaScript's numbers.
 _MAX_EXACT = 1 << 53
