@@ -34,6 +34,7 @@ from jobs.identify import identify
 from jobs.index import index
 from jobs.nightly import nightly
 from jobs.options import LogFormat
+from jobs.review import review
 from jobs.search import search
 from jobs.train import train
 
@@ -118,6 +119,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "clean": clean,
     "apply": apply,
     "decisions": decisions,
+    "review": review,
     "finish": finish,
     "write-dataset": write_dataset,
     "train": train,

@@ -20,8 +20,20 @@ _FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --disable-extensions "
     "--disable-background-networking --disable-component-update --disable-sync --remote-debugging-pipe"
 )
-_PATIENCE = 30.0
-_CODES = {"Escape": 27, "ArrowUp": 38, "ArrowDown": 40}  # what the browser itself acts on
+_PATIENCE = 60.0  # seconds; a busy machine is slow
+# What the browser itself acts on.
+_CODES = {
+    "Escape": 27,
+    "ArrowUp": 38,
+    "ArrowDown": 40,
+    "ArrowLeft": 37,
+    "ArrowRight": 39,
+    "Enter": 13,
+    " ": 32,
+    "Tab": 9,
+}
+_TEXTS = {"Enter": "\r"}
+ALT, CONTROL, META, SHIFT = (1, 2, 4, 8)
 
 
 class Browser:
@@ -45,16 +57,49 @@ class Browser:
         self.messages: list[str] = []
         self.requests: list[str] = []
         self._buffer, self._sent, self._session = b"", 0, ""
-        target = self.send("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.send(f"{domain}.enable")
+        self.open_tab()
 
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
         os.close(self._in)
         os.close(self._out)
+
+    def open_tab(self) -> str:
+        """Open a tab and turn to it; returns the session to turn to later."""
+        self._session = ""
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.send(f"{domain}.enable")
+        return self._session
+
+    def turn_to(self, session: str) -> None:
+        """Send what follows to another tab."""
+        self._session = session
+
+    @property
+    def session(self) -> str:
+        """The tab in use."""
+        return self._session
+
+    def save_downloads(self, folder: Path) -> None:
+        """Save downloads in a folder."""
+        session, self._session = self._session, ""
+        self.send("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+        self._session = session
+
+    def click(self, selector: str, modifiers: int = 0, count: int = 1) -> None:
+        """Click with the mouse on the middle of an element."""
+        place = self.run(
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
+            "e.scrollIntoView({block: 'center'}); const r = e.getBoundingClientRect();"
+            "return [r.x + r.width / 2, r.y + r.height / 2]; })()"
+        )
+        for number in range(1, count + 1):
+            for kind in ("mousePressed", "mouseReleased"):
+                at = {"x": place[0], "y": place[1], "button": "left", "clickCount": number, "modifiers": modifiers}
+                self.send("Input.dispatchMouseEvent", type=kind, **at)
 
     def send(self, method: str, **params: Any) -> dict[str, Any]:
         """One command, and its result."""
@@ -68,12 +113,13 @@ class Browser:
         assert "error" not in answer, f"{method}: {answer['error']}"
         return answer["result"]
 
-    def open(self, path: Path, fragment: str = "") -> None:
-        """Load a report afresh and wait until its first groups are drawn."""
+    def open(self, path: Path | str, fragment: str = "") -> None:
+        """Load a report, from a file or an address, afresh and wait until its first groups are drawn."""
         self.send("Page.navigate", url="about:blank")
         self.messages.clear()
         self.requests.clear()
-        self.send("Page.navigate", url=path.as_uri() + fragment)
+        address = path if isinstance(path, str) else path.as_uri()
+        self.send("Page.navigate", url=address + fragment)
         self.wait("document.documentElement?.dataset.ready && document.readyState === 'complete'")
 
     def run(self, script: str) -> Any:
@@ -89,13 +135,14 @@ class Browser:
             assert time.monotonic() < end, f"never true: {script}"
             time.sleep(0.02)
 
-    def press(self, *keys: str) -> None:
+    def press(self, *keys: str, modifiers: int = 0) -> None:
         """Keys by name (`Escape`, `ArrowDown`) or by the character that they write."""
         for key in keys:
-            text = key if len(key) == 1 else ""
+            text = _TEXTS.get(key, key if len(key) == 1 and modifiers in (0, SHIFT) else "")
             code = _CODES.get(key, 0)
-            self.send("Input.dispatchKeyEvent", type="keyDown", key=key, text=text, windowsVirtualKeyCode=code)
-            self.send("Input.dispatchKeyEvent", type="keyUp", key=key)
+            down = {"key": key, "text": text, "windowsVirtualKeyCode": code, "modifiers": modifiers}
+            self.send("Input.dispatchKeyEvent", type="keyDown", **down)
+            self.send("Input.dispatchKeyEvent", type="keyUp", key=key, modifiers=modifiers)
 
     def prefer(self, scheme: str) -> None:
         """What prefers-color-scheme says: light or dark."""

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from facepipe.erasure.erased_data import ErasedData
+from facepipe.erasure.erased_data import IDS, ErasedData
 from facepipe.reports.html import JsonGroup, edit_report
 from facepipe.reports.model import Report, Table
+from facepipe.reports.questions import ASKS_FOR
 
 # Pages whose group titles hold no labels.
 _PAGES_WITHOUT_NAMES = ("Identity clusters", "Duplicate images", "What two galleries share")
@@ -44,6 +45,7 @@ class _PageEditor:
     def __init__(self, erased: ErasedData) -> None:
         self._erased = erased
         self._names = erased.names
+        self._face_ids = erased.by_role[IDS]
         self.mentions_erased = False
 
     def edit_head(self, head: Report) -> Report:
@@ -72,11 +74,30 @@ class _PageEditor:
             return None
         # Names of figures may be labels too.
         figures = [figure for figure in group["figures"] if figure[0] not in self._names]
-        return {**group, "figures": figures, "faces": faces}
+        edited = {**group, "figures": figures, "faces": faces}
+        if "choices" in group:
+            choices = [choice for choice in group["choices"] if not self._mentions_erased(choice)]
+            # An answer that is left alone is no question any more.
+            edited["choices"] = choices if len(choices) > 1 else []
+        if len(faces) < len(group["faces"]):
+            # Distances are listed by pairs of faces, in their order.
+            edited.pop("distances", None)
+        return edited
 
     def _is_erased(self, face: dict[str, Any]) -> bool:
-        labels = {value for name, value in face.get("figures", ()) if name == "label"}
-        return face["uri"] in self._erased.uris or not self._erased.names.isdisjoint(labels)
+        labels = {value for name, value in face.get("figures", ()) if name == "label"} | {face.get("person")}
+        return (
+            face["uri"] in self._erased.uris
+            or face.get("id") in self._face_ids
+            or not self._erased.names.isdisjoint(labels)
+        )
+
+    def _mentions_erased(self, choice: dict[str, Any]) -> bool:
+        """Return whether an answer decides on an erased face, or names an erased person."""
+        return any(
+            row.get("person") in self._erased.names or not self._face_ids.isdisjoint([*row["faces"], row.get("other")])
+            for row in choice["rows"]
+        )
 
 
 def _iterate_texts(head: Report) -> Iterator[str]:
@@ -84,7 +105,10 @@ def _iterate_texts(head: Report) -> Iterator[str]:
     yield head.title
     yield head.subtitle
     yield from head.notes
-    for figure in head.figures:
+    yield from head.findings
+    for step in head.steps:
+        yield from (step.text, step.command)
+    for figure in (*head.figures, *head.details):
         yield from (figure.label, figure.value, figure.note)
     for histogram in head.histograms:
         yield from (histogram.title, histogram.x_label)
@@ -98,7 +122,10 @@ def _iterate_texts(head: Report) -> Iterator[str]:
 
 
 def _find_labels(title: str) -> Iterator[str]:
-    """Find what may be a label in a title such as `A: two persons?` or `A and B: one person?`."""
+    """Find what may be a label in a title such as `A: two persons?`, `A: is this B?` or `A and B: one person?`."""
+    # Labels may hold the words between the two names as well.
+    for words in re.finditer(re.escape(ASKS_FOR), title):
+        yield title[words.end() :].removesuffix("?")
     # Each colon may end the label, since labels may hold colons, and each "and" may join two labels.
     for colon in re.finditer(":|$", title):
         subject = title[: colon.start()]

@@ -21,13 +21,36 @@ from markupsafe import Markup
 
 from facepipe.errors import StorageError
 from facepipe.reports.chart import HEIGHT, WIDTH, draw_chart
-from facepipe.reports.model import Face, Figure, Group, Histogram, Mark, Report, Series, Table
+from facepipe.reports.model import (
+    Choice,
+    Face,
+    Figure,
+    Group,
+    Histogram,
+    Mark,
+    Report,
+    ReviewTarget,
+    Series,
+    Step,
+    Table,
+)
 from facepipe.reports.thumbs import shrink
 from facepipe.storage import replace_file, write_beside
 
-__all__ = ["PAGE_MARK", "JsonGroup", "PageFormatError", "edit_report", "iterate_groups", "write_report"]
+__all__ = [
+    "PAGE_MARK",
+    "JsonGroup",
+    "PageFormatError",
+    "build_served_policy",
+    "edit_report",
+    "find_groups",
+    "iterate_groups",
+    "read_head",
+    "render_served_page",
+    "write_report",
+]
 
-JsonGroup = dict[str, Any]  # a group as a page holds it: title, kind, figures, suspicion, more, faces
+JsonGroup = dict[str, Any]  # a group as a page holds it: the fields of Group, empty ones left out
 
 # What JSON leaves as it is and HTML may take for markup. JSON itself escapes everything that is not ASCII.
 _MARKUP = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026"}
@@ -37,6 +60,9 @@ _HIDDEN = re.compile(
 )
 # Cells that are aligned as numbers: a sign, digits, and a unit of up to three letters.
 _NUMBER = re.compile(r"[-+−]?[\d.,]*\d\s?(%|[a-zA-Z]{1,3})?")
+
+# The parts of the page's script, in this order: the decisions, the list of groups, and the work with both.
+_SCRIPTS = ("decisions.js", "workbench.js", "report.js")
 
 # Lines of report.html.j2 between which the page's own content stands.
 PAGE_MARK = '<script type="application/json" id="report">'
@@ -122,31 +148,97 @@ def iterate_groups(path: str) -> Iterator[JsonGroup]:
                 yield json.loads(text)
 
 
-def _render_page(report: Report, group_lines: Iterable[Markup], summarise: Callable[[], Markup]) -> Iterator[str]:
+def read_head(path: str) -> Report:
+    """Read what the head of a page shows: the report without its groups.
+
+    Raises:
+        PageFormatError: the page does not hold its content.
+        OSError: the page cannot be read.
+    """
+    with open(path, encoding="utf-8", newline="\n") as page:
+        return _read_head(page)
+
+
+def find_groups(path: str) -> list[int]:
+    """Find the offsets, in bytes, of the lines of a page that hold its groups."""
+    offsets = []
+    start = _GROUPS_START.encode()
+    end = _GROUPS_END.encode()
+    with open(path, "rb") as page:
+        # Skip to the groups; each has a line of its own up to the end mark.
+        offset = 0
+        is_group = False
+        for line in page:
+            if is_group and line.startswith(end):
+                break
+            if is_group and line.removeprefix(b",").strip():
+                offsets.append(offset)
+            is_group = is_group or line.startswith(start)
+            offset += len(line)
+    return offsets
+
+
+def render_served_page(head: Report, groups: Iterable[JsonGroup], total: int, server: dict[str, Any]) -> str:
+    """Render a page that `facepipe review` serves: its pictures have addresses, and it saves what is decided.
+
+    Args:
+        head: the content of the head.
+        groups: the groups of one part of the page.
+        total: number of groups of all parts.
+        server: what the page's script needs to know.
+    """
+    lines = (_to_line(group, is_first=n == 0) for n, group in enumerate(groups))
+    summary = Markup(_dump_json({"total": total, "bare": 0}))
+    return "".join(_render_page(head, lines, lambda: summary, server))
+
+
+def build_served_policy() -> str:
+    """Build the content security policy of a page that is served: it may talk to its own server only."""
+    return f"default-src 'none'; img-src 'self' data:; connect-src 'self'; {_build_code_policy()}"
+
+
+def _render_page(
+    report: Report,
+    group_lines: Iterable[Markup],
+    summarise: Callable[[], Markup],
+    server: dict[str, Any] | None = None,
+) -> Iterator[str]:
     """Render a page piece by piece.
 
     Args:
         report: the content of the head.
         group_lines: lines of JSON.
         summarise: called after the last line.
+        server: what the script of a served page needs to know; None in a file.
     """
-    # The policy allows exactly this style and this script by their hashes, and nothing from a network.
-    style = _read_asset("report.css")
-    script = _read_asset("report.js")
-    policy = f"style-src {_hash_source(style)}; script-src {_hash_source(script)}; base-uri 'none'; form-action 'none'"
     template = _create_environment().get_template("report.html.j2")
     return template.generate(
         report=report,
         charts=[draw_chart(histogram) for histogram in report.histograms],
         width=WIDTH,
         height=HEIGHT,
-        style=Markup(style),
-        script=Markup(script),
-        policy=f"default-src 'none'; img-src data:; {policy}",
+        style=Markup(_read_asset("report.css")),
+        script=Markup(_read_script()),
+        policy=f"default-src 'none'; img-src data:; {_build_code_policy()}"
+        if server is None
+        else build_served_policy(),
         head=Markup(_dump_head(report)),
         groups=group_lines,
         summary=summarise,
+        server=None if server is None else Markup(_dump_json(server)),
     )
+
+
+def _read_script() -> str:
+    return "".join(_read_asset(name) for name in _SCRIPTS)
+
+
+@lru_cache(maxsize=1)
+def _build_code_policy() -> str:
+    """Build the part of the policy that allows exactly our style and script, by their hashes."""
+    style = _hash_source(_read_asset("report.css"))
+    script = _hash_source(_read_script())
+    return f"style-src {style}; script-src {script}; base-uri 'none'; form-action 'none'"
 
 
 def _dump_head(report: Report) -> str:
@@ -156,11 +248,15 @@ def _dump_head(report: Report) -> str:
         {
             "title": report.title,
             "subtitle": report.subtitle,
+            "findings": report.findings,
+            "steps": [asdict(step) for step in report.steps],
             "figures": [asdict(figure) for figure in report.figures],
+            "details": [asdict(figure) for figure in report.details],
             "histograms": [asdict(histogram) for histogram in report.histograms],
             "tables": [asdict(table) for table in report.tables],
             "notes": report.notes,
             "made": report.made,
+            "review": None if report.review is None else asdict(report.review),
         }
     )
 
@@ -170,14 +266,20 @@ def _read_head(page: TextIO) -> Report:
     for line in page:
         if line.startswith(PAGE_MARK):
             head = json.loads(line.removeprefix(PAGE_MARK).rstrip("\n").removesuffix(_SCRIPT_END))
+            review = head.get("review")
+            # Pages of older versions lack what has a default here.
             return Report(
                 title=head["title"],
                 subtitle=head["subtitle"],
+                findings=tuple(head.get("findings", ())),
+                steps=tuple(Step(**step) for step in head.get("steps", ())),
+                details=tuple(Figure(**figure) for figure in head.get("details", ())),
+                review=None if review is None else ReviewTarget(**review),
                 figures=tuple(Figure(**figure) for figure in head["figures"]),
                 histograms=tuple(_read_histogram(histogram) for histogram in head["histograms"]),
                 tables=tuple(_read_table(table) for table in head["tables"]),
                 notes=tuple(head["notes"]),
-                made=head.get("made", ""),  # pages of older versions have none
+                made=head.get("made", ""),
             )
         # The head stands before the groups: a page of an older version has none.
         if line.startswith(_GROUPS_START):
@@ -226,7 +328,7 @@ class _GroupLines:
         return Markup(_dump_json({"total": total, "bare": self._without_picture}))
 
     def _to_json(self, group: Group) -> JsonGroup:
-        return {
+        entry = {
             "title": group.title,
             "kind": group.kind,
             "figures": group.figures,
@@ -234,9 +336,29 @@ class _GroupLines:
             "more": int(group.more),
             "faces": [self._face_to_json(face) for face in group.faces],
         }
+        if group.choices:
+            entry["choices"] = [_choice_to_json(choice) for choice in group.choices]
+            entry["gain"] = _to_finite(group.gain)
+        if group.has_subject:
+            entry["subject"] = True
+        if group.probability is not None:
+            entry["probability"] = round(_to_finite(group.probability), 4)
+        if group.distances:
+            entry["distances"] = [round(_to_finite(distance), 3) for distance in group.distances]
+        return entry
 
     def _face_to_json(self, face: Face) -> dict[str, Any]:
-        optional = {"figures": face.figures, "badge": face.badge, "jpeg": self._encode_picture(face.thumb)}
+        place = None
+        if face.place is not None:
+            place = (face.place.width, face.place.height, *face.place.box)
+        optional = {
+            "figures": face.figures,
+            "badge": face.badge,
+            "id": "" if face.face_id is None else str(face.face_id),
+            "person": face.person,
+            "place": place,
+            "jpeg": self._encode_picture(face.thumb),
+        }
         # Empty values are left out, to keep the page small.
         return {"uri": face.uri} | {key: value for key, value in optional.items() if value}
 
@@ -296,6 +418,22 @@ class _EditedGroups:
                 summary = json.loads(text)
                 return Markup(_dump_json(summary | {"total": summary["total"] - self._dropped}))
         raise PageFormatError("the page ends before its summary")
+
+
+def _choice_to_json(choice: Choice) -> dict[str, Any]:
+    """Turn a choice into JSON. Ids are texts: the numbers of a browser have 53 bits."""
+    rows = []
+    for decision in choice.decisions:
+        row: dict[str, Any] = {"decision": decision.decision, "faces": [str(decision.face_id)]}
+        if decision.other_face_id is not None:
+            row["other"] = str(decision.other_face_id)
+        if decision.person:
+            row["person"] = decision.person
+        rows.append(row)
+    entry: dict[str, Any] = {"key": choice.key, "label": choice.label, "rows": rows}
+    if choice.agrees is not None:
+        entry["agrees"] = choice.agrees
+    return entry
 
 
 def _to_line(group: JsonGroup, *, is_first: bool) -> Markup:

@@ -75,6 +75,21 @@ class Histogram:
 
 
 @dataclass(frozen=True)
+class PhotoPlace:
+    """Where a face is in its photo.
+
+    Attributes:
+        width: width of the photo, in pixels.
+        height: height of the photo, in pixels.
+        box: left, top, right and bottom edge of the face, in pixels.
+    """
+
+    width: int
+    height: int
+    box: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
 class Face:
     """A face on a page.
 
@@ -83,12 +98,52 @@ class Face:
         figures: (name, value) pairs shown below it.
         thumb: its JPEG, as stored in the gallery.
         badge: a word on it. "keep", "drop" and "relabel" have colours of their own; any other word is grey.
+        face_id: its id. A face without one cannot be decided on.
+        person: its label, if any.
+        place: where it is in its photo, if that is known.
     """
 
     uri: str
     figures: tuple[tuple[str, str], ...] = ()
     thumb: bytes | None = None
     badge: str = ""
+    face_id: int | None = None
+    person: str = ""
+    place: PhotoPlace | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One line of the file of decisions that `facepipe apply` reads.
+
+    Attributes:
+        decision: `is`, `is_not`, `same_as`, `different_from`, `not_a_face`, `ignore` or `keep`.
+        face_id: the face.
+        other_face_id: the other face, of `same_as` and `different_from`.
+        person: the name, of `is` and `is_not`.
+    """
+
+    decision: str
+    face_id: int
+    other_face_id: int | None = None
+    person: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An answer to the question of a group.
+
+    Attributes:
+        key: the letter that gives this answer.
+        label: what its button says.
+        decisions: what the answer decides.
+        agrees: whether it agrees with the suggestion; None if it is neither yes nor no.
+    """
+
+    key: str
+    label: str
+    decisions: tuple[Decision, ...]
+    agrees: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +157,11 @@ class Group:
         faces: the faces shown.
         suspicion: the page sorts groups by it, largest first.
         more: number of faces of the group that are not shown.
+        choices: possible answers, each with a key of its own.
+        has_subject: whether the question is about the first face.
+        probability: probability that the suggestion is right, if it was estimated.
+        gain: number of faces that a right suggestion sets right. The page ranks by it times the probability.
+        distances: distances of the faces shown, of each to all later ones: 0-1, 0-2, ..., 1-2, ...
     """
 
     title: str
@@ -110,6 +170,11 @@ class Group:
     faces: tuple[Face, ...]
     suspicion: float = 0.0
     more: int = 0
+    choices: tuple[Choice, ...] = ()
+    has_subject: bool = False
+    probability: float | None = None
+    gain: float = 1.0
+    distances: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,6 +184,29 @@ class Table:
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the reader can do next: a sentence, and the command to type."""
+
+    text: str
+    command: str
+
+
+@dataclass(frozen=True)
+class ReviewTarget:
+    """What the decisions on a page are about.
+
+    Attributes:
+        gallery: path of the gallery.
+        report: name of the report, such as `clean`.
+        table_version: version of the gallery's table that the report shows.
+    """
+
+    gallery: str
+    report: str
+    table_version: int
 
 
 @dataclass(frozen=True)
@@ -135,6 +223,10 @@ class Report:
         notes: remarks below the figures.
         groups_total: number of groups, if `groups` leaves some out.
         made: when and with which command the page was made; by default that of this process.
+        findings: what was found and what it means, in sentences.
+        steps: what to do next.
+        details: figures on how all this was measured. They stand below the groups.
+        review: what decisions are about. Without it nothing can be decided on the page.
     """
 
     title: str
@@ -146,3 +238,7 @@ class Report:
     notes: tuple[str, ...] = ()
     groups_total: int | None = None
     made: str = field(default_factory=describe_making)
+    findings: tuple[str, ...] = ()
+    steps: tuple[Step, ...] = ()
+    details: tuple[Figure, ...] = ()
+    review: ReviewTarget | None = None

@@ -1,4 +1,4 @@
-"use strict";
+// The list of groups: filter, kinds, order, pages, colours.
 (() => {
   const $ = (id) => document.getElementById(id);
   const root = document.documentElement;
@@ -7,10 +7,13 @@
   const HIDDEN = /[\u0000-\u001f\u007f-\u009f\u200b\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]/gu;
   const visible = (text) => text.replace(HIDDEN, (c) => "\\u{" + c.codePointAt(0).toString(16) + "}");
 
+  const head = JSON.parse($("report").textContent);
   const groups = JSON.parse($("data").textContent);
   const summary = JSON.parse($("summary").textContent);
+  // A page that `facepipe review` serves says so; a file does not.
+  const server = $("server") ? JSON.parse($("server").textContent) : null;
   groups.forEach((group, n) => {
-    group.rank = n + 1;
+    group.rank = n + 1 + (server ? server.part * server.per_part : 0);
     group.size = group.faces.length + group.more;
   });
   const kinds = new Map();
@@ -24,7 +27,7 @@
     suspicion: [...groups].sort((a, b) => b.suspicion - a.suspicion),
     largest: [...groups].sort((a, b) => b.size - a.size),
   };
-  const state = { text: "", kind: null, sort: "suspicion", size: 24, page: 1 };
+  const state = { text: "", kind: null, sort: "suspicion", size: 24, page: 1, open: false };
   let chosen = groups;
 
   // Text gets into the page through textContent and attributes' setters only, never as markup.
@@ -65,23 +68,40 @@
     return whole;
   }
 
+  const hasPicture = (face) => Boolean(face.jpeg || (server && face.id));
+  const describe = (face) => "Face in " + visible(face.uri).split("/").pop().slice(-60);
+
   function picture(face) {
-    const frame = make("div", "picture");
-    if (!face.jpeg) {
-      frame.append(make("div", "none"));
+    const frame = make("span", "frame");
+    if (!hasPicture(face)) {
+      frame.append(make("span", "none"));
       return frame;
     }
     const image = make("img");
-    image.alt = "Face in " + visible(face.uri).split("/").pop().slice(-60);
+    image.alt = describe(face);
     image.decoding = "async";
-    image.src = "data:image/jpeg;base64," + face.jpeg;
+    image.loading = server ? "lazy" : "eager";
+    image.src = face.jpeg ? "data:image/jpeg;base64," + face.jpeg : "thumb/" + face.id;
     frame.append(image);
     return frame;
   }
 
-  function tile(face, pictures) {
+  function tile(face, group, n, pictures) {
     const item = make("li", "face");
-    if (pictures) item.append(picture(face));
+    // The picture is a button: it selects the face, and looks larger where nothing can be decided.
+    const button = make("button", "picture");
+    button.type = "button";
+    button.tabIndex = -1;
+    if (pictures) button.append(picture(face));
+    else button.append(make("span", "blank", "select"));
+    button.setAttribute("aria-label", describe(face));
+    const larger = make("button", "larger", "⤢");
+    larger.type = "button";
+    larger.tabIndex = -1;
+    larger.title = "Look larger (Enter)";
+    larger.setAttribute("aria-label", "Look larger: " + describe(face));
+    item.append(button, larger);
+    bench.dressTile(item, face, group, n);
     if (face.badge) {
       const badge = make("span", "badge", face.badge);
       badge.dataset.badge = face.badge;
@@ -104,11 +124,12 @@
     title.title = visible(group.title);
     about.append(line, title, pairs(group.figures));
     const faces = make("ul", "faces");
-    const pictures = group.faces.some((face) => face.jpeg);
-    for (const face of group.faces) faces.append(tile(face, pictures));
+    const pictures = group.faces.some(hasPicture);
+    group.faces.forEach((face, n) => faces.append(tile(face, group, n, pictures)));
     if (group.more) faces.append(make("li", "more", "and " + count.format(group.more) + " more"));
     article.setAttribute("aria-label", visible(group.title));
     article.append(about, faces);
+    bench.dress(article, group);
     return article;
   }
 
@@ -116,7 +137,10 @@
 
   function choose() {
     const words = state.text.toLowerCase().split(/\s+/).filter(Boolean);
+    // The ranking learns from what was decided; it is made when the list is, and not while somebody works in it.
+    if (state.sort === "gain") orders.gain = bench.rank();
     chosen = orders[state.sort].filter((group) => {
+      if (state.open && (!group.choices?.length || bench.answer(group))) return false;
       if (state.kind !== null && group.kind !== state.kind) return false;
       if (!words.length) return true;
       group.words ??= (group.title + "\n" + group.faces.map((face) => face.uri).join("\n")).toLowerCase();
@@ -140,6 +164,8 @@
     if ($("filter").value !== state.text) $("filter").value = state.text;
     $("sort").value = state.sort;
     $("size").value = String(state.size);
+    $("open").checked = state.open;
+    bench.refresh();
     for (const chip of $("kinds").children) chip.setAttribute("aria-pressed", String(chip.kind === state.kind));
   }
 
@@ -148,6 +174,7 @@
     if (state.text) hash.set("q", state.text.toWellFormed ? state.text.toWellFormed() : state.text);
     if (state.kind !== null) hash.set("kind", String([...kinds.keys()].indexOf(state.kind)));
     if (state.sort !== "suspicion") hash.set("sort", state.sort);
+    if (state.open) hash.set("open", "1");
     if (state.size !== 24) hash.set("size", String(state.size));
     if (state.page > 1) hash.set("page", String(state.page));
     try {
@@ -162,7 +189,9 @@
     const kind = [...kinds.keys()][Number(hash.get("kind") ?? -1)];
     state.text = hash.get("q") || "";
     state.kind = kind === undefined ? null : kind;
-    state.sort = hash.get("sort") === "largest" ? "largest" : "suspicion";
+    state.sort = ["largest", "gain"].find((sort) => sort === hash.get("sort")) || "suspicion";
+    if (state.sort === "gain" && !bench.hasRanking) state.sort = "suspicion";
+    state.open = bench.canDecide && hash.get("open") === "1";
     state.size = [12, 24, 48, 96].includes(Number(hash.get("size"))) ? Number(hash.get("size")) : 24;
     state.page = Math.floor(Number(hash.get("page"))) || 1;
   }
@@ -183,6 +212,32 @@
     if (within || focus) move(0, focus === "last");
   }
 
+  // The group in focus.
+  const focused = () => document.activeElement?.closest?.(".group")?.group;
+
+  // Go to the next group that a question is open on, over the edges of pages.
+  function advance(group, isWanted) {
+    const from = chosen.indexOf(group);
+    let at = chosen.findIndex((other, n) => n > from && isWanted(other));
+    if (at < 0) at = chosen.findIndex((other) => other !== group && isWanted(other));
+    if (at < 0) return;
+    const wanted = Math.floor(at / state.size) + 1;
+    if (wanted !== state.page) {
+      state.page = wanted;
+      draw();
+      remember();
+      $("list").scrollIntoView({ block: "start" });
+    }
+    focusCard([...$("list").querySelectorAll(".group")].find((card) => card.group === chosen[at]));
+  }
+
+  function focusCard(target) {
+    if (!target) return;
+    for (const one of $("list").querySelectorAll(".group")) one.tabIndex = one === target ? 0 : -1;
+    target.focus({ preventScroll: true });
+    target.scrollIntoView({ block: "nearest" });
+  }
+
   function move(step, fromEnd) {
     const cards = [...$("list").querySelectorAll(".group")];
     const at = cards.indexOf(document.activeElement?.closest?.(".group"));
@@ -190,9 +245,7 @@
     if (at + step >= cards.length && at >= 0) return turn(state.page + 1, "first");
     if (at + step < 0 && at >= 0) return turn(state.page - 1, "last");
     const target = fromEnd ? cards[cards.length - 1] : at < 0 ? cards[0] : cards[at + step];
-    for (const one of cards) one.tabIndex = one === target ? 0 : -1;
-    target.focus({ preventScroll: true });
-    target.scrollIntoView({ block: "nearest" });
+    focusCard(target);
   }
 
   const isDark = () => (root.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
@@ -231,19 +284,36 @@
     t: toggle,
     "?": () => $("help").showModal(),
     Escape: () => {
+      if (bench.hasSelection()) return bench.unpick();
       document.activeElement?.blur?.();
       if (state.text || state.kind !== null) change({ text: "", kind: null });
     },
   };
 
-  function press(event) {
-    if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing || $("help").open) return;
-    const typing = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName || "");
-    if (typing && event.key !== "Escape") return;
+  // What a key does, with Ctrl+Z and Ctrl+Y as everywhere.
+  function find(event) {
+    if (event.ctrlKey || event.metaKey) {
+      const name = event.key.toLowerCase();
+      if (name === "z") return bench.find(event.shiftKey ? "U" : "u", false);
+      return name === "y" ? bench.find("U", false) : undefined;
+    }
     const within = document.activeElement?.closest?.(".group");
+    // Space and Enter belong to a button that has the focus, except to a face.
+    const tag = document.activeElement?.tagName;
+    const isButton = (tag === "BUTTON" && !document.activeElement.classList.contains("picture")) || tag === "SUMMARY";
+    if (isButton && (event.key === " " || event.key === "Enter")) return undefined;
+    if (Object.hasOwn(keys, event.key)) return keys[event.key];
     const arrow = within && { ArrowDown: "j", ArrowUp: "k" }[event.key];
-    const action = Object.hasOwn(keys, event.key) ? keys[event.key] : arrow && keys[arrow];
-    if (!action || (!groups.length && !/^[t?]$/.test(event.key))) return;
+    return (arrow && keys[arrow]) || bench.find(event.key, event.shiftKey);
+  }
+
+  function press(event) {
+    if (event.altKey || event.isComposing || document.querySelector("dialog[open]")) return;
+    const typing = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName || "");
+    if (typing && event.target.type !== "checkbox" && event.key !== "Escape") return;
+    if (!groups.length && !/^[t?]$/.test(event.key)) return;
+    const action = find(event);
+    if (!action) return;
     event.preventDefault();
     action();
   }
@@ -262,7 +332,10 @@
 
   function scope() {
     const parts = [];
-    if (summary.total > groups.length) {
+    if (server) {
+      const first = server.part * server.per_part;
+      if (server.parts > 1) parts.push(`Groups ${count.format(first + 1)} to ${count.format(Math.min(summary.total, first + server.per_part))} of ${count.format(summary.total)} are here.`);
+    } else if (summary.total > groups.length) {
       parts.push(`The first ${count.format(groups.length)} of ${count.format(summary.total)} are here; all are in the Parquet file beside this page.`);
     }
     if (summary.bare) {
@@ -272,13 +345,25 @@
     $("scope").textContent = parts.join(" ");
   }
 
+  function goToPart(part) {
+    location.search = part ? "?part=" + part : "";
+  }
+
   function listen() {
     let waiting = 0;
+    if (server && server.parts > 1) {
+      $("parts").hidden = false;
+      $("earlier").disabled = server.part === 0;
+      $("later").disabled = server.part === server.parts - 1;
+      $("earlier").addEventListener("click", () => goToPart(server.part - 1));
+      $("later").addEventListener("click", () => goToPart(server.part + 1));
+    }
     $("filter").addEventListener("input", (event) => {
       clearTimeout(waiting);
       waiting = setTimeout(() => change({ text: event.target.value }), 90);
     });
     $("sort").addEventListener("change", (event) => change({ sort: event.target.value }));
+    $("open").addEventListener("change", (event) => change({ open: event.target.checked }));
     $("size").addEventListener("change", (event) => change({ size: Number(event.target.value) }));
     $("first").addEventListener("click", () => turn(1));
     $("previous").addEventListener("click", () => turn(state.page - 1));
@@ -295,9 +380,13 @@
     });
   }
 
+  const bench = facepipeWorkbench({ $, make, visible, count, groups, head, server, pairs, picture, address, focused, advance, chosen: () => chosen });
+  $("open-label").hidden = !bench.canDecide;
+  $("sort-gain").hidden = !bench.hasRanking;
   theme(stored());
   $("tools").hidden = false;
   listen();
+  bench.listen();
   if (groups.length) {
     $("groups").hidden = false;
     chips();

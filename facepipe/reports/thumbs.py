@@ -19,6 +19,15 @@ def shrink(jpeg: bytes) -> bytes | None:
     Returns:
         The JPEG, or None if the bytes are not a small JPEG.
     """
+    return recode(jpeg, WIDTH)
+
+
+def recode(jpeg: bytes, max_width: int = 1024) -> bytes | None:
+    """Encode a picture again as a JPEG of at most some width in pixels.
+
+    Returns:
+        The JPEG, or None if the bytes are not a small JPEG.
+    """
     # Refuse large pictures by their header, before memory is taken for their pixels.
     if not _is_small_jpeg(jpeg):
         return None
@@ -30,8 +39,8 @@ def shrink(jpeg: bytes) -> bytes | None:
         return None
     height, width = image.shape[:2]
     # Larger pictures are reduced; smaller ones keep their size.
-    if width > WIDTH:
-        size = (WIDTH, max(1, round(WIDTH * height / width)))
+    if width > max_width:
+        size = (max_width, max(1, round(max_width * height / width)))
         image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     return bytes(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])[1])
 

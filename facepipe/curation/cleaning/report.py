@@ -1,5 +1,6 @@
 """Build the cleaning report: labels that are probably wrong first, then identities to merge or to split."""
 
+import shlex
 from collections.abc import Iterator
 
 import numpy as np
@@ -7,11 +8,15 @@ import numpy as np
 from facepipe.curation.cleaning.decide import (
     BYSTANDER,
     DECISIONS,
+    FITS_NONE,
     KEEP,
     OUTLIER,
+    PROBABLY_RIGHT,
+    PROBABLY_WRONG,
     REASONS,
     RELABEL,
     REVIEW,
+    TWO_NAMES,
     UNVERIFIED,
     LabelVerdicts,
     estimate_errors,
@@ -21,9 +26,10 @@ from facepipe.curation.cleaning.judge import LabelJudgement
 from facepipe.curation.graph import Graph
 from facepipe.curation.graph.describe import describe_recall
 from facepipe.gallery import Gallery
-from facepipe.reports.faces import FaceDetails, read_face_details
+from facepipe.reports.faces import FaceDetails, list_distances, read_face_details
 from facepipe.reports.histogram import count_values, linear_edges, log_edges
-from facepipe.reports.model import Face, Figure, Group, Histogram, Report, Table
+from facepipe.reports.model import Choice, Face, Figure, Group, Histogram, Report, ReviewTarget, Step, Table
+from facepipe.reports.questions import ASKS_FOR, build_label_choices, build_pair_choices, list_review_steps
 from facepipe.types import Float32, Int64
 
 _EXAMPLES = 4  # faces of an identity beside a suspicious one
@@ -32,6 +38,13 @@ _NOISE_BINS = (0.0, 0.01, 0.05, 0.2, 0.5, 0.8, 0.95, 0.99, 1.0)
 _MAX_LABEL_GROUPS = 6000
 _MAX_IDENTITY_GROUPS = 1500  # of merges, and of splits
 _UNKNOWN_FACE = FaceDetails("", None, None)
+# What a page says for a reason, if the words of the tables do not speak to its reader.
+_READER_REASONS = {
+    PROBABLY_WRONG: "probably mislabelled, please check",
+    PROBABLY_RIGHT: "probably right, please check",
+    FITS_NONE: "looks like nobody of this name",
+    TWO_NAMES: "the same picture has another name too",
+}
 
 
 def build_clean_report(graph: Graph, gallery: Gallery, judgement: LabelJudgement) -> Report:
@@ -50,7 +63,15 @@ def build_clean_report(graph: Graph, gallery: Gallery, judgement: LabelJudgement
     return Report(
         title="Noisy identities",
         subtitle=f"{gallery.path}, table version {graph.info.versions[0]}",
-        figures=_build_figures(graph, judgement),
+        findings=_describe_findings(judgement),
+        steps=list_review_steps(
+            gallery.path,
+            "clean",
+            Step("Clean again, with your decisions:", f"facepipe clean {shlex.quote(gallery.path)}"),
+        ),
+        figures=_build_figures(judgement),
+        details=_build_details(graph, judgement.verdicts),
+        review=ReviewTarget(gallery.path, "clean", graph.info.versions[0]),
         histograms=(
             _build_similarity_histogram(judgement.verdicts),
             _build_noise_histogram(noise),
@@ -67,14 +88,40 @@ def build_clean_report(graph: Graph, gallery: Gallery, judgement: LabelJudgement
     )
 
 
-def _build_figures(graph: Graph, judgement: LabelJudgement) -> tuple[Figure, ...]:
+def _describe_findings(judgement: LabelJudgement) -> tuple[str, ...]:
+    """Say what was found, and what it means."""
+    verdicts = judgement.verdicts
+    counts = np.bincount(verdicts.decision[verdicts.decision >= 0], minlength=len(DECISIONS))
+    label_count = int(verdicts.is_counted.sum())
+    wrong = estimate_wrong(verdicts)
+    relabels = counts[DECISIONS.index(RELABEL)]
+    outliers = counts[DECISIONS.index(OUTLIER)]
+    findings = [
+        f"About {wrong:,.0f} of {label_count:,} labels ({wrong / max(1, label_count):.1%}) are wrong.",
+        f"{counts[DECISIONS.index(KEEP)]:,} faces are kept. {relabels:,} fit another name of the gallery and "
+        f"{outliers:,} fit none; the clean lists leave both out.",
+    ]
+    reviews = counts[DECISIONS.index(REVIEW)]
+    if reviews:
+        findings.append(f"{reviews:,} labels are doubtful: only a person can tell. Your answers settle them.")
+    return tuple(findings)
+
+
+def _build_details(graph: Graph, verdicts: LabelVerdicts) -> tuple[Figure, ...]:
+    errors = estimate_errors(verdicts)
+    return (
+        Figure("expected errors", f"{errors:,.1f}", "decisions expected to be wrong, by their own probabilities"),
+        Figure("edge recall", f"{graph.info.recall:.4f}", describe_recall(graph.info)),
+    )
+
+
+def _build_figures(judgement: LabelJudgement) -> tuple[Figure, ...]:
     verdicts = judgement.verdicts
     identities = judgement.identities
     is_labelled = verdicts.decision >= 0
     counts = np.bincount(verdicts.decision[is_labelled], minlength=len(DECISIONS))
     label_count = int(verdicts.is_counted.sum())
     wrong = estimate_wrong(verdicts)
-    errors = estimate_errors(verdicts)
     return (
         Figure("labelled faces", f"{int(is_labelled.sum()):,}", f"of {len(judgement.labels):,} in the gallery"),
         Figure("identities", f"{len(judgement.names):,}"),
@@ -83,7 +130,6 @@ def _build_figures(graph: Graph, judgement: LabelJudgement) -> tuple[Figure, ...
         Figure("to review", f"{int(counts[DECISIONS.index(REVIEW)]):,}", "labels that are not sure"),
         Figure("unverified", f"{int(counts[DECISIONS.index(UNVERIFIED)]):,}", "only images of their identities"),
         Figure("bystanders", f"{int(counts[DECISIONS.index(BYSTANDER)]):,}", "other faces of images, no wrong labels"),
-        Figure("expected errors", f"{errors:,.1f}", "decisions that are wrong, by the probabilities themselves"),
         Figure(
             "one person, two names", f"{len(identities.merges):,}", _describe_expected(identities.merges.probability)
         ),
@@ -93,7 +139,6 @@ def _build_figures(graph: Graph, judgement: LabelJudgement) -> tuple[Figure, ...
             f"{int((identities.apart_count > 0).sum()):,}",
             _describe_expected(identities.apart_probability[identities.apart_count > 0]),
         ),
-        Figure("edge recall", f"{graph.info.recall:.4f}", describe_recall(graph.info)),
     )
 
 
@@ -159,7 +204,7 @@ def _build_round_table(judgement: LabelJudgement) -> Table:
         (str(n), f"{entry.swapped:.4f}", f"{entry.unknown:.4f}", f"{entry.change:.4f}")
         for n, entry in enumerate(judgement.posteriors.rounds, 1)
     )
-    title = "Rounds of the estimation"
+    title = "Iterations of the estimation"
     if not judgement.posteriors.has_settled:
         title += ", stopped before they settled"
     return Table(title, ("round", "labels swapped", "faces of no identity", "largest change"), rows)
@@ -241,17 +286,39 @@ class _CleanGroups:
         other = int(verdicts.other[face])
         decision = DECISIONS[verdicts.decision[face]]
         figures = [
-            ("noise", f"{verdicts.noise[face]:.3f}"),
-            ("its identity", self._format_distance(verdicts.own_similarity[face])),
+            ("label wrong, probability", f"{verdicts.noise[face]:.3f}"),
+            ("distance to its identity", self._format_distance(verdicts.own_similarity[face])),
         ]
         if other >= 0:
             figures.append((self._get_name(other), self._format_distance(verdicts.other_similarity[face])))
         # The face itself, then the best faces of both identities.
+        of_label = [n for n in self._select_best(label).tolist() if n != face]
+        of_other = [n for n in self._select_best(other).tolist() if n != face]
+        nodes = [face, *of_label, *of_other]
         rows = [self._build_face(face, decision, faces)]
-        rows += [self._build_face(n, "label", faces) for n in self._select_best(label).tolist() if n != face]
-        rows += [self._build_face(n, "other", faces) for n in self._select_best(other).tolist() if n != face]
-        title = f"{self._get_name(label)}: {REASONS[verdicts.reason[face]]}"
-        return Group(title, decision, tuple(figures), tuple(rows), suspicion=float(verdicts.noise[face]))
+        rows += [self._build_face(n, "label", faces) for n in of_label]
+        rows += [self._build_face(n, "other", faces) for n in of_other]
+        name = self._get_name(label)
+        other_name = self._get_name(other) if other >= 0 else ""
+        suggests_other = decision == RELABEL and bool(other_name)
+        # The title asks for the suggested name; `facepipe.erasure.pages` finds both names in it.
+        reason = int(verdicts.reason[face])
+        title = f"{name}: {_READER_REASONS.get(reason, REASONS[reason])}"
+        if suggests_other:
+            title = f"{name}{ASKS_FOR}{other_name}?"
+        noise = float(verdicts.noise[face])
+        face_id = int(self._graph.nodes.ids[face])
+        return Group(
+            title,
+            decision,
+            tuple(figures),
+            tuple(rows),
+            suspicion=noise,
+            choices=build_label_choices(face_id, name, other_name, suggests_other=suggests_other),
+            has_subject=True,
+            probability=None if np.isnan(noise) else noise,
+            distances=self._list_distances(nodes),
+        )
 
     def _build_merge_group(self, pair: int, faces: dict[int, FaceDetails]) -> Group:
         """Show the best faces of two identities that may be one person, side by side."""
@@ -260,8 +327,10 @@ class _CleanGroups:
         pairs = identities.merges if is_named else identities.look_alikes
         at = pair if is_named else pair - self._named_count
         left, right = self._pairs[pair].tolist()
-        rows = [self._build_face(n, "first", faces) for n in self._select_best(left).tolist()]
-        rows += [self._build_face(n, "second", faces) for n in self._select_best(right).tolist()]
+        left_nodes = self._select_best(left).tolist()
+        right_nodes = self._select_best(right).tolist()
+        rows = [self._build_face(n, "first", faces) for n in left_nodes]
+        rows += [self._build_face(n, "second", faces) for n in right_nodes]
         probability = float(pairs.probability[at])
         figures = (
             ("probability", f"{probability:.3f}"),
@@ -271,7 +340,20 @@ class _CleanGroups:
         question = "one person?" if is_named else "look-alikes"
         title = f"{self._get_name(left)} and {self._get_name(right)}: {question}"
         kind = "merge" if is_named else "look-alike"
-        return Group(title, kind, figures, tuple(rows), 0.5 * probability)
+        choices: tuple[Choice, ...] = ()
+        if left_nodes and right_nodes:
+            choices = build_pair_choices(rows[0], rows[len(left_nodes)], suggests_one=is_named)
+        return Group(
+            title,
+            kind,
+            figures,
+            tuple(rows),
+            0.5 * probability,
+            choices=choices,
+            probability=probability if is_named else 1 - probability,
+            gain=float(pairs.face_counts[at].min()) if is_named else 0.0,
+            distances=self._list_distances([*left_nodes, *right_nodes]),
+        )
 
     def _build_split_group(self, identity: int, faces: dict[int, FaceDetails]) -> Group:
         """Show the two largest parts of an identity that may be two persons."""
@@ -279,17 +361,36 @@ class _CleanGroups:
         part = self._judgement.parts.part
         nodes = self._select_parts(identity).tolist()
         rows = [self._build_face(n, "second" if part[n] else "first", faces) for n in nodes]
+        second = next((row for row in rows if row.badge == "second"), None)
+        choices: tuple[Choice, ...] = ()
+        if second is not None and rows[0].badge == "first":
+            choices = build_pair_choices(rows[0], second, suggests_one=False)
+        probability = float(identities.apart_probability[identity])
         figures = (
             ("probability", f"{identities.apart_probability[identity]:.3f}"),
             ("distance between the parts", self._format_distance(identities.apart_similarity[identity])),
             ("faces", f"{identities.face_count[identity]}, {identities.apart_count[identity]} apart"),
         )
-        return Group(f"{self._get_name(identity)}: two persons?", "split", figures, tuple(rows), 0.5)
+        return Group(
+            f"{self._get_name(identity)}: two persons?",
+            "split",
+            figures,
+            tuple(rows),
+            0.5,
+            choices=choices,
+            probability=None if np.isnan(probability) else probability,
+            gain=float(identities.apart_count[identity]),
+            distances=self._list_distances(nodes),
+        )
+
+    def _list_distances(self, nodes: list[int]) -> tuple[float, ...]:
+        return list_distances(np.asarray(self._graph.nodes.vectors[np.array(nodes, np.int64)]))
 
     def _build_face(self, node: int, badge: str, faces: dict[int, FaceDetails]) -> Face:
-        face = faces.get(int(self._graph.nodes.ids[node]), _UNKNOWN_FACE)
+        face_id = int(self._graph.nodes.ids[node])
+        face = faces.get(face_id, _UNKNOWN_FACE)
         figures = (("label", face.identity),) if face.identity else ()
-        return Face(face.uri, figures, face.thumb, badge)
+        return Face(face.uri, figures, face.thumb, badge, face_id, face.identity or "", face.place)
 
     def _get_name(self, identity: int) -> str:
         return str(self._judgement.names[identity].as_py())

@@ -1,5 +1,6 @@
 """Build the cluster report: suspected merges and splits first, then the largest clusters."""
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,9 +11,19 @@ from facepipe.curation.graph import Graph
 from facepipe.curation.graph.clusters import Clusters
 from facepipe.curation.graph.describe import build_pair_histogram, describe_recall, describe_threshold
 from facepipe.gallery import Gallery
-from facepipe.reports.faces import FaceDetails, read_face_details
+from facepipe.reports.faces import FaceDetails, list_distances, read_face_details
 from facepipe.reports.histogram import count_values, log_edges
-from facepipe.reports.model import Face, Figure, Group, Histogram, Mark, Report
+from facepipe.reports.model import (
+    Face,
+    Figure,
+    Group,
+    Histogram,
+    Mark,
+    Report,
+    ReviewTarget,
+    Step,
+)
+from facepipe.reports.questions import build_pair_choices, list_review_steps
 from facepipe.types import Float32, Int64
 
 # Faces that are shown of a cluster, and of each part of a suspect.
@@ -57,14 +68,16 @@ def build_cluster_report(graph: Graph, gallery: Gallery, review: ClusterReview) 
         Figure("faces", f"{info.faces:,}"),
         Figure("clusters", f"{len(sizes):,}", f"{int((sizes == 1).sum()):,} of a single face"),
         Figure("largest cluster", f"{int(sizes.max(initial=0)):,}", "faces"),
+        Figure("possibly one person", f"{len(review.merges):,}", "pairs of clusters"),
+        Figure("possibly two persons", f"{len(review.splits):,}", "clusters"),
+    )
+    details = (
         Figure("threshold", f"{info.distance:.3f}", describe_threshold(info)),
-        Figure("suspected merges", f"{len(review.merges):,}"),
-        Figure("suspected splits", f"{len(review.splits):,}"),
         Figure("edge recall", f"{info.recall:.4f}", describe_recall(info)),
     )
     notes = (
-        "A suspected merge is two clusters that share a pair of near faces but are not near on average. A suspected "
-        "split is a cluster that falls apart at a stricter threshold. The Parquet files beside this page hold all of "
+        "A merge is suspected if two clusters share a pair of near faces but are not near on average. A split is "
+        "suspected if a cluster falls apart at a stricter threshold. merges.parquet and splits.parquet hold all of "
         "them.",
         "Distances are Euclidean, between unit vectors, for faces of mean density. A crowd of similar faces, such as "
         "blurred ones, needs a smaller distance.",
@@ -72,7 +85,15 @@ def build_cluster_report(graph: Graph, gallery: Gallery, review: ClusterReview) 
     return Report(
         title="Identity clusters",
         subtitle=f"{gallery.path}, table version {info.versions[0]}, by {review.algorithm}",
+        findings=_describe_findings(info.faces, review),
+        steps=list_review_steps(
+            gallery.path,
+            "cluster",
+            Step("Cluster again, with your decisions:", f"facepipe cluster {shlex.quote(gallery.path)} --keep-ids"),
+        ),
         figures=figures,
+        details=details,
+        review=ReviewTarget(gallery.path, "cluster", info.versions[0]),
         histograms=(
             build_pair_histogram(graph),
             _build_size_histogram(sizes),
@@ -82,6 +103,25 @@ def build_cluster_report(graph: Graph, gallery: Gallery, review: ClusterReview) 
         notes=notes,
         groups_total=groups.total,
     )
+
+
+def _describe_findings(faces: int, review: ClusterReview) -> tuple[str, ...]:
+    """Say what was found, and what it means."""
+    count = len(review.clusters)
+    alone = int((review.clusters.size == 1).sum())
+    findings = [
+        f"{faces:,} faces are {count:,} persons by their distances; {alone:,} of them have a single face.",
+    ]
+    merges = len(review.merges)
+    splits = len(review.splits)
+    if merges or splits:
+        findings.append(
+            f"{merges:,} pairs of clusters may be one person, and {splits:,} clusters may hold two. Those whose answer "
+            "gains most come first."
+        )
+    else:
+        findings.append("No cluster looks like two persons, and no two clusters look like one.")
+    return tuple(findings)
 
 
 def _build_size_histogram(sizes: Int64) -> Histogram:
@@ -167,6 +207,8 @@ class _ClusterGroups:
             tuple(rows),
             suspicion=2 - distance,
             more=left_size + right_size - len(rows),
+            choices=build_pair_choices(rows[0], rows[len(left_nodes)], suggests_one=True),
+            distances=self._list_distances(left_nodes, right_nodes),
         )
 
     def _build_split_group(self, n: int, faces: dict[int, FaceDetails]) -> Group:
@@ -187,6 +229,8 @@ class _ClusterGroups:
             tuple(rows),
             suspicion=1 + distance,
             more=size - len(rows),
+            choices=build_pair_choices(rows[0], rows[len(first_nodes)], suggests_one=False),
+            distances=self._list_distances(first_nodes, second_nodes),
         )
 
     def _build_cluster_group(self, cluster: int, faces: dict[int, FaceDetails]) -> Group:
@@ -202,11 +246,16 @@ class _ClusterGroups:
             (("faces", str(size)), ("mean distance inside", f"{np.sqrt(max(0.0, 2 - 2 * cohesion)):.3f}")),
             tuple(rows),
             more=size - len(rows),
+            distances=self._list_distances(nodes),
         )
 
+    def _list_distances(self, *parts: Int64) -> tuple[float, ...]:
+        return list_distances(np.asarray(self._graph.nodes.vectors[np.concatenate(parts)]))
+
     def _build_face(self, node: int, badge: str, faces: dict[int, FaceDetails]) -> Face:
-        face = faces.get(int(self._graph.nodes.ids[node]), _UNKNOWN_FACE)
+        face_id = int(self._graph.nodes.ids[node])
+        face = faces.get(face_id, _UNKNOWN_FACE)
         figures = [("label", face.identity)] if face.identity else []
         if not np.isnan(self._review.fits[node]):
             figures.append(("fit", f"{self._review.fits[node]:+.3f}"))
-        return Face(face.uri, tuple(figures), face.thumb, badge)
+        return Face(face.uri, tuple(figures), face.thumb, badge, face_id, face.identity or "", face.place)

@@ -1,5 +1,6 @@
 """Build the report of duplicates: the least certain groups first, the kept copy before those to drop."""
 
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,9 +13,22 @@ from facepipe.curation.duplicates.keep import DROP, KEEP
 from facepipe.curation.duplicates.overlap import SharedIdentities
 from facepipe.curation.duplicates.rule import KINDS, DuplicateRule
 from facepipe.gallery import Gallery
-from facepipe.reports.faces import FaceDetails, read_face_details
+from facepipe.reports.faces import FaceDetails, build_place, read_face_details
 from facepipe.reports.histogram import count_values, log_edges
-from facepipe.reports.model import Face, Figure, Group, Histogram, Mark, Report, Table
+from facepipe.reports.model import (
+    Choice,
+    Decision,
+    Face,
+    Figure,
+    Group,
+    Histogram,
+    Mark,
+    Report,
+    ReviewTarget,
+    Step,
+    Table,
+)
+from facepipe.reports.questions import list_review_steps
 
 # What the page shows at most: images per group, groups, pairs of one shot, shared identities.
 _IMAGES_PER_GROUP = 8
@@ -29,7 +43,7 @@ _NOT_SEEN = (
     "pictures under text or in a frame, and plain areas without contrast. Pictures without a face are not found if "
     "they are cropped or recoloured at all."
 )
-Thumbs = dict[tuple[str, int], bytes]  # JPEG of each image, by uri and side
+FirstFaces = dict[tuple[str, int], dict[str, Any]]  # row of the first face of each image, by uri and side
 
 
 def build_duplicates_report(
@@ -57,7 +71,6 @@ def build_duplicates_report(
         Figure("to drop", f"{dropped:,}", f"the {rule.keep} of each group is kept"),
     ]
     figures += [Figure(kind.replace("_", " "), f"{count:,}", "pairs of images") for kind, count in counts.items()]
-    figures.append(recall)
     tables: tuple[Table, ...] = ()
     if shared is not None:
         expected = float(pc.sum(shared.persons["probability"]).as_py() or 0.0)
@@ -70,9 +83,20 @@ def build_duplicates_report(
             _build_shared_table("Persons in both", shared.persons),
             _build_shared_table("Look-alikes: near faces, and hardly one person", shared.look_alikes),
         )
+    steps: tuple[Step, ...] = ()
+    review = None
+    if len(galleries) == 1:
+        path = galleries[0].path
+        again = Step("Find duplicates again, with your decisions:", f"facepipe dedup {shlex.quote(path)}")
+        steps = list_review_steps(path, "dedup", again)
+        review = ReviewTarget(path, "dedup", galleries[0].version)
     return Report(
         title="Duplicate images" if shared is None else "What two galleries share",
         subtitle=" against ".join(gallery.path for gallery in galleries),
+        findings=_describe_findings(found, dropped, shared),
+        steps=steps,
+        details=(recall,),
+        review=review,
         figures=tuple(figures),
         histograms=(_build_distance_histogram(found, rule), _build_size_histogram(found)),
         tables=tables,
@@ -86,6 +110,26 @@ def build_duplicates_report(
             "keep.txt and drop.txt name the images; pairs, groups and reasons are in the Parquet files beside it.",
         ),
         groups_total=groups.total,
+    )
+
+
+def _describe_findings(found: Duplicates, dropped: int, shared: SharedIdentities | None) -> tuple[str, ...]:
+    """Say what was found, and what it means."""
+    images = found.decisions.num_rows
+    if shared is None:
+        if not found.groups.num_rows:
+            return (f"None of {images:,} images is a copy of another.",)
+        return (
+            f"{found.groups.num_rows:,} pictures are in the gallery more than once.",
+            f"drop.txt names {dropped:,} of {images:,} images that can go; of each group one image stays.",
+        )
+    persons = shared.persons.num_rows
+    return (
+        f"drop.txt names {dropped:,} images of the first gallery that the second one holds as well.",
+        f"{persons:,} persons are probably in both galleries. Leave them out of training if the second gallery is a "
+        "test set."
+        if persons
+        else "No person seems to be in both galleries.",
     )
 
 
@@ -145,12 +189,14 @@ class _DuplicateGroups:
         yield from self._build_identity_groups()
         groups = self._list_groups()
         shots = self._shots.slice(0, _MAX_SAME_SHOTS).to_pylist()
-        # Read the pictures of all groups in one pass.
+        # Read the first faces of all groups in one pass.
         wanted = [(member["uri"], member["side"]) for group in groups for member in group["members"]]
         wanted += [(row[f"uri_{end}"], row[f"side_{end}"]) for row in shots for end in "ab"]
-        thumbs = self._read_thumbs(wanted)
-        yield from (_build_copy_group(group, thumbs) for group in groups)
-        yield from (_build_shot_group(row, thumbs) for row in shots)
+        faces = self._read_first_faces(wanted)
+        # Decisions are on faces of one gallery.
+        can_decide = len(self._galleries) == 1
+        yield from (_build_copy_group(group, faces, can_decide=can_decide) for group in groups)
+        yield from (_build_shot_group(row, faces, can_decide=can_decide) for row in shots)
 
     def _build_identity_groups(self) -> Iterator[Group]:
         """Show pairs of identities: the faces of one beside those of the other."""
@@ -189,19 +235,19 @@ class _DuplicateGroups:
             shown.append({**group, "members": rows[:_IMAGES_PER_GROUP], "more": more})
         return shown
 
-    def _read_thumbs(self, wanted: list[tuple[str, int]]) -> Thumbs:
-        """Read the pictures of images, given by uri and side."""
-        thumbs = {}
+    def _read_first_faces(self, wanted: list[tuple[str, int]]) -> FirstFaces:
+        """Read id, picture and label of the first faces of images, given by uri and side."""
+        columns = ["uri", "face_index", "face_id", "thumb", "identity", "width", "height", "box"]
+        faces: FirstFaces = {}
         for side, gallery in enumerate(self._galleries):
             uris = sorted({uri for uri, image_side in wanted if image_side == side})
             if not uris:
                 continue
             # The row of its first face has the picture of an image.
-            for part in gallery.read_chosen_rows("uri", pa.array(uris, pa.string()), ["uri", "face_index", "thumb"]):
-                first = part.filter(pc.equal(part["face_index"], 0))
-                for uri, thumb in zip(first["uri"].to_pylist(), first["thumb"].to_pylist(), strict=True):
-                    thumbs[uri, side] = thumb
-        return thumbs
+            for part in gallery.read_chosen_rows("uri", pa.array(uris, pa.string()), columns):
+                for row in part.filter(pc.equal(part["face_index"], 0)).to_pylist():
+                    faces[row["uri"], side] = row
+        return faces
 
 
 def _choose_faces(faces: pa.Table, side: int, names: list[str]) -> dict[str, list[int]]:
@@ -224,21 +270,42 @@ def _build_identity_group(
     for side, badge in enumerate(("here", "there")):
         for face_id in chosen.get((side, row[f"identity_{side}"]), []):
             face = details.get(face_id, _UNKNOWN_FACE)
-            faces.append(Face(face.uri, (("label", row[f"identity_{side}"]),), face.thumb, badge))
+            label = row[f"identity_{side}"]
+            faces.append(Face(face.uri, (("label", label),), face.thumb, badge, face_id, label, face.place))
     figures = (("probability", f"{row['probability']:.3f}"), ("faces", f"{row['faces_0']} + {row['faces_1']}"))
     title = f"{row['identity_0']} here, {row['identity_1']} there"
     return Group(title, kind, figures, tuple(faces), suspicion=3 + row["probability"])
 
 
-def _build_copy_group(group: dict[str, Any], thumbs: Thumbs) -> Group:
-    faces = tuple(
-        Face(row["uri"], _build_reason_figures(row), thumbs.get((row["uri"], row["side"])), row["decision"])
+def _build_face(uri: str, side: int, figures: tuple[tuple[str, str], ...], badge: str, faces: FirstFaces) -> Face:
+    """Show an image by its first face; an image without a face has no picture and no id."""
+    row = faces.get((uri, side))
+    if row is None:
+        return Face(uri, figures, None, badge)
+    place = build_place(row["width"], row["height"], row["box"])
+    return Face(uri, figures, row["thumb"], badge, row["face_id"], row["identity"] or "", place)
+
+
+def _build_copy_group(group: dict[str, Any], faces: FirstFaces, *, can_decide: bool) -> Group:
+    shown = tuple(
+        _build_face(row["uri"], row["side"], _build_reason_figures(row), row["decision"], faces)
         for row in group["members"]
     )
     kind = group["kind"].replace("_", " ")
     figures = (("images", str(group["images"])),)
     suspicion = float(KINDS.index(group["kind"]))
-    return Group(f"group {group['group']}", kind, figures, faces, suspicion, group["more"])
+    choices: tuple[Choice, ...] = ()
+    # An answer is about all images of a group, so all must be shown.
+    ids = [face.face_id for face in shown if face.face_id is not None]
+    kept = tuple(Decision("keep", face.face_id) for face in shown if face.badge == KEEP and face.face_id is not None)
+    if can_decide and kept and len(ids) == len(shown) and not group["more"]:
+        everything = tuple(Decision("keep", face_id) for face_id in ids)
+        choices = (
+            Choice("a", "Copies: keep one", kept, agrees=True),
+            Choice("r", "No copies: keep all", everything, agrees=False),
+        )
+    title = f"group {group['group']}"
+    return Group(title, kind, figures, shown, suspicion, group["more"], choices=choices)
 
 
 def _build_reason_figures(row: dict[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -249,12 +316,19 @@ def _build_reason_figures(row: dict[str, Any]) -> tuple[tuple[str, str], ...]:
     return (("", row["reason"].replace(f" of {kept}", "").replace(f" as {kept}", "")),)
 
 
-def _build_shot_group(row: dict[str, Any], thumbs: Thumbs) -> Group:
-    faces = []
+def _build_shot_group(row: dict[str, Any], faces: FirstFaces, *, can_decide: bool) -> Group:
+    shown = []
     for end in "ab":
-        uri = row[f"uri_{end}"]
         identity = row[f"identity_{end}"]
         label = (("label", identity),) if identity else ()
-        faces.append(Face(uri, label, thumbs.get((uri, row[f"side_{end}"]))))
+        shown.append(_build_face(row[f"uri_{end}"], row[f"side_{end}"], label, "", faces))
     figures = (("distance", f"{row['distance']:.3f}"), ("hash bits apart", str(row["hash_bits"])))
-    return Group("two photos of one moment", "same shot", figures, tuple(faces), suspicion=1 - row["distance"])
+    ids = [face.face_id for face in shown if face.face_id is not None]
+    choices: tuple[Choice, ...] = ()
+    if can_decide and len(ids) == 2:
+        choices = (
+            Choice("a", "One moment: keep the first", (Decision("keep", ids[0]),), agrees=True),
+            Choice("r", "Keep both", tuple(Decision("keep", face_id) for face_id in ids), agrees=False),
+        )
+    title = "two photos of one moment"
+    return Group(title, "same shot", figures, tuple(shown), suspicion=1 - row["distance"], choices=choices)

@@ -21,7 +21,7 @@ from hypothesis.extra import numpy as hnp
 
 import facepipe
 from facepipe.errors import StorageError
-from facepipe.reports import Face, Figure, Group, Histogram, Mark, Report, Series, Table, write_report
+from facepipe.reports import Face, Figure, Group, Histogram, Mark, PhotoPlace, Report, Series, Table, write_report
 from facepipe.reports.chart import HEIGHT, WIDTH, draw_chart
 from facepipe.reports.faces import FaceDetails, read_face_details
 from facepipe.reports.histogram import (
@@ -258,10 +258,16 @@ def test_a_chart_stays_in_its_frame(rows: list[Any], lines: Any, log: bool, log_
 def test_what_is_shown_of_faces(drawings: Path, fakes: dict[str, Any], tmp_path: Path) -> None:
     embed(drawings, tmp_path / "g", fakes)
     gallery = facepipe.Gallery(str(tmp_path / "g"))
-    table = gallery.to_arrow(["face_id", "uri", "identity", "thumb"], "face_id is not null").to_pylist()
+    table = gallery.to_arrow(
+        ["face_id", "uri", "identity", "thumb", "width", "height", "box"], "face_id is not null"
+    ).to_pylist()
     ids = [row["face_id"] for row in table]
     found = read_face_details(gallery, np.array([*ids[::2], ids[0], 7], np.int64))
-    assert found == {row["face_id"]: FaceDetails(row["uri"], row["identity"], row["thumb"]) for row in table[::2]}
+    expected = {}
+    for row in table[::2]:
+        place = PhotoPlace(row["width"], row["height"], tuple(round(edge) for edge in row["box"]))
+        expected[row["face_id"]] = FaceDetails(row["uri"], row["identity"], row["thumb"], place)
+    assert found == expected
     assert all(shrink(face.thumb) for face in found.values() if face.thumb)
     assert any(face.thumb for face in found.values())
     assert read_face_details(gallery, np.array([], np.int64)) == {}
