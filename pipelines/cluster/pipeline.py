@@ -24,6 +24,7 @@ from facepipe.curation.clusters.persons import (
     match_persons,
 )
 from facepipe.curation.clusters.placement import PlacementRule, StrangerLimit
+from facepipe.curation.clusters.ranking import rank_merges, rank_splits
 from facepipe.curation.clusters.report import ClusterReview, build_cluster_report
 from facepipe.curation.clusters.review import (
     compute_fits,
@@ -200,7 +201,7 @@ def run(
             lead = limit.find_threshold(len(clusters))
             labels, clusters = part_newcomers(graph, labels, clusters, is_new, lead, known=known)
         phases.end("merge")
-        review = _review_clusters(graph, labels, clusters, config.cluster.algorithm, known, left_out, decisions)
+        review = _review_clusters(graph, labels, clusters, config.cluster.algorithm, known, left_out, unfit, decisions)
         if earlier is not None and keep_ids:
             review = _keep_numbers(review, graph, earlier)
         persons = _identify_persons(table, graph, review, earlier, decided, decisions)
@@ -251,6 +252,7 @@ def _review_clusters(
     algorithm: str,
     known: Int64,
     left_out: Bool,
+    unfit: Bool,
     decisions: DecidedNodes,
 ) -> ClusterReview:
     """Find what a person should look at first. What people have decided is not suggested again."""
@@ -273,14 +275,15 @@ def _review_clusters(
         start=known,
     )
     apart = decisions.links.contract(labels, len(clusters))
+    merges = find_suspected_merges(clusters, labels, u, v, _MAX_SUSPECTS, apart)
     return ClusterReview(
         labels=labels,
         clusters=clusters,
         numbers=number_by_size(clusters, is_left_out),
         fits=fits,
         medoids=find_medoids(labels, fits, len(clusters)),
-        merges=find_suspected_merges(clusters, labels, u, v, _MAX_SUSPECTS, apart),
-        splits=splits,
+        merges=rank_merges(graph, labels, clusters, merges, unfit),
+        splits=rank_splits(splits),
         algorithm=algorithm,
     )
 
@@ -381,11 +384,21 @@ def _write_tables(gallery: Gallery, graph: Graph, review: ClusterReview, folder:
     )
     merges = review.merges
     merge_table = pa.table(
-        {"left": numbers[merges.left], "right": numbers[merges.right], "similarity": merges.similarity}
+        {
+            "left": numbers[merges.left],
+            "right": numbers[merges.right],
+            "similarity": merges.similarity,
+            "probability": merges.probability,
+        }
     )
     splits = review.splits
     split_table = pa.table(
-        {"cluster": numbers[splits.cluster], "leaving": splits.leaving, "similarity": splits.similarity}
+        {
+            "cluster": numbers[splits.cluster],
+            "leaving": splits.leaving,
+            "similarity": splits.similarity,
+            "probability": splits.probability,
+        }
     )
     write_table(os.path.join(folder, CLUSTERS), cluster_table)
     write_table(os.path.join(folder, MERGES), merge_table)

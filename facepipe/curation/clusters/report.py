@@ -78,7 +78,8 @@ def build_cluster_report(graph: Graph, gallery: Gallery, review: ClusterReview) 
     notes = (
         "A merge is suspected if two clusters share a pair of near faces but are not near on average. A split is "
         "suspected if a cluster falls apart at a stricter threshold. merges.parquet and splits.parquet hold all of "
-        "them.",
+        "them. Their probabilities assume that a fifth of the merges and a third of the splits are right, as on known "
+        "faces; the page shows what your decisions say.",
         "Distances are Euclidean, between unit vectors, for faces of mean density. A crowd of similar faces, such as "
         "blurred ones, needs a smaller distance.",
     )
@@ -197,17 +198,24 @@ class _ClusterGroups:
         left_size = int(review.clusters.size[left])
         right_size = int(review.clusters.size[right])
         distance = self._graph.info.to_distance(float(review.merges.similarity[n]))
+        probability = float(review.merges.probability[n])
         left_nodes, right_nodes = self._select_merge(n)
         rows = [self._build_face(node, f"cluster {left_number}", faces) for node in left_nodes]
         rows += [self._build_face(node, f"cluster {right_number}", faces) for node in right_nodes]
         return Group(
             f"clusters {left_number} and {right_number}: one person?",
             "merge",
-            (("mean distance", f"{distance:.3f}"), ("faces", f"{left_size} + {right_size}")),
+            (
+                ("probability", f"{probability:.2f}"),
+                ("mean distance", f"{distance:.3f}"),
+                ("faces", f"{left_size} + {right_size}"),
+            ),
             tuple(rows),
-            suspicion=2 - distance,
+            suspicion=probability * min(left_size, right_size),
             more=left_size + right_size - len(rows),
             choices=build_pair_choices(rows[0], rows[len(left_nodes)], suggests_one=True),
+            probability=probability,
+            gain=float(min(left_size, right_size)),
             distances=self._list_distances(left_nodes, right_nodes),
         )
 
@@ -216,6 +224,7 @@ class _ClusterGroups:
         cluster = int(review.splits.cluster[n])
         size = int(review.clusters.size[cluster])
         distance = self._graph.info.to_distance(float(review.splits.similarity[n]))
+        probability = float(review.splits.probability[n])
         first_nodes, second_nodes = self._select_split(n)
         rows = [self._build_face(node, "first", faces) for node in first_nodes]
         rows += [self._build_face(node, "second", faces) for node in second_nodes]
@@ -223,13 +232,15 @@ class _ClusterGroups:
             f"cluster {int(review.numbers[cluster])}: two persons?",
             "split",
             (
+                ("probability", f"{probability:.2f}"),
                 ("distance between the parts", f"{distance:.3f}"),
                 ("faces", f"{size}, {int(review.splits.leaving[n])} apart"),
             ),
             tuple(rows),
-            suspicion=1 + distance,
+            suspicion=probability,
             more=size - len(rows),
             choices=build_pair_choices(rows[0], rows[len(first_nodes)], suggests_one=False),
+            probability=probability,
             distances=self._list_distances(first_nodes, second_nodes),
         )
 

@@ -1,6 +1,6 @@
 """Find what a person should look at first: how well faces fit, and clusters that may be one person or two."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,17 +16,19 @@ _BLOCK = 8192
 
 @dataclass(frozen=True)
 class SuspectedMerges:
-    """Pairs of clusters that may be one person, the most similar first.
+    """Pairs of clusters that may be one person.
 
     Attributes:
         left: First cluster, (m,).
         right: Second cluster, (m,).
         similarity: Mean similarity, (m,).
+        probability: Probability that they are one person, (m,); empty before `rank_merges`.
     """
 
     left: Int64
     right: Int64
     similarity: Float32
+    probability: Float32 = field(default_factory=lambda: np.empty(0, np.float32))
 
     def __len__(self) -> int:
         return len(self.left)
@@ -34,19 +36,21 @@ class SuspectedMerges:
 
 @dataclass(frozen=True)
 class SuspectedSplits:
-    """Clusters that may be two persons, the least similar parts first.
+    """Clusters that may be two persons.
 
     Attributes:
         cluster: The cluster, (m,).
         leaving: Number of faces in its second part, (m,).
         similarity: Mean similarity between its two largest parts, (m,).
         part: Part of each node within its cluster, (n,), 0 for the largest.
+        probability: Probability that they are two persons, (m,); empty before `rank_splits`.
     """
 
     cluster: Int64
     leaving: Int64
     similarity: Float32
     part: Int64
+    probability: Float32 = field(default_factory=lambda: np.empty(0, np.float32))
 
     def __len__(self) -> int:
         return len(self.cluster)
@@ -85,7 +89,7 @@ def find_medoids(labels: Int64, fits: Float32, count: int) -> Int64:
 def find_suspected_merges(
     clusters: Clusters, labels: Int64, u: Int32, v: Int32, max_suspects: int, apart: CannotLinks | None = None
 ) -> SuspectedMerges:
-    """Find pairs of clusters that edges join although they are two.
+    """Find pairs of clusters that edges join although they are two, the most similar first.
 
     Args:
         clusters: the clusters.
@@ -122,7 +126,7 @@ def find_suspected_splits(
     max_suspects: int,
     start: Int64 | None = None,
 ) -> SuspectedSplits:
-    """Find clusters that fall into parts of several faces at a stricter threshold.
+    """Find clusters that fall into parts at a stricter threshold, the least similar parts first.
 
     Args:
         graph: the face graph, n nodes.
@@ -146,10 +150,9 @@ def find_suspected_splits(
     rank = np.arange(len(order)) - np.searchsorted(owner[order], owner[order])
     part_rank = np.empty(len(parts), np.int64)
     part_rank[order] = rank
-    # A second part of several faces is suspicious.
+    # Most wrong faces are alone in their cluster, so a second part of one face is suspicious as well.
     first = order[rank == 0]
     second = order[rank == 1]
-    second = second[parts.size[second] >= 2]
     largest = np.zeros(len(clusters), np.int64)
     largest[owner[first]] = first
     similarity = parts.compute_linkage(largest[owner[second]], second)
