@@ -1,7 +1,7 @@
 """Rank suspected merges and splits, so that the first ones are worth a look.
 
-The shares of suspicions that are right are those of LFW-dev. They set the level of the probabilities, and the order
-within a kind does not depend on them. The page corrects the level by what people decide.
+The order is what counts. The probabilities only give it a level, which is that of known faces (LFW-dev); the page
+corrects it by what people decide.
 """
 
 from dataclasses import replace
@@ -14,20 +14,24 @@ from facepipe.curation.graph.clusters import Clusters
 from facepipe.curation.one_person.model import OnePersonModel
 from facepipe.types import Bool, Float64, Int64
 
-_RIGHT_MERGES = 0.2  # share of suspected merges that are right
+# How many suspicions are right: merges per cluster, and of all suspected merges and splits at most.
+_RIGHT_MERGES_PER_CLUSTER = 0.03
+_RIGHT_MERGES = 0.2
 _RIGHT_SPLITS = 1 / 3
-_UNFIT_RATIO = -6.0  # log likelihood ratio of a pair with a cluster that has no fit face
+_UNFIT_PROBABILITY = 0.002  # that a pair with a cluster without a fit face is one person
+_SLOPE_MERGES = 2.0  # of the logistic curve, per standard deviation of the scores
+_SLOPE_SPLITS = 1.0
 _STEPS = 60
 
 
 def rank_merges(
     graph: Graph, labels: Int64, clusters: Clusters, merges: SuspectedMerges, is_unfit: Bool
 ) -> SuspectedMerges:
-    """Estimate the probabilities of suspected merges, and put those first that gain most.
+    """Estimate the probabilities of suspected merges, and put the most probable first.
 
-    The mean similarity of two clusters says less if they are small, or if their region of the embedding space is
-    crowded; the likelihoods of `facepipe.curation.one_person` know both. A cluster of blurred and cut faces alone is
-    near to many others, and hardly ever right.
+    What counts is how much more alike two clusters are than strangers of their size and of their region of the
+    embedding space: some regions are crowded. A cluster of blurred and cut faces alone is near to many others, and
+    hardly ever right.
 
     Args:
         graph: the face graph, n nodes.
@@ -37,7 +41,7 @@ def rank_merges(
         is_unfit: whether each node is unfit, (n,).
 
     Returns:
-        The merges, by falling probability times the faces of the smaller cluster.
+        The merges, by falling probability.
     """
     if not len(merges):
         return merges
@@ -52,15 +56,19 @@ def rank_merges(
     ends = np.stack([merges.left, merges.right], axis=1)
     sizes = clusters.size[ends]
     inverse = (1 / sizes).sum(axis=1)
-    similarity = merges.similarity.astype(np.float64)
-    ratio = model.compute_log_ratio(similarity, inverse, ends, is_face=sizes.min(axis=1) < 2)
+    deviation = model.compute_deviation(merges.similarity.astype(np.float64), inverse)
+    if model.regions is not None:
+        # The more crowded of the two regions decides.
+        ends_in_region = [model.regions.normalise(deviation, ends[:, end])[0] for end in (0, 1)]
+        deviation = np.minimum(*ends_in_region)
     # Clusters without a fit face found no person.
     has_fit = np.zeros(len(clusters), bool)
     has_fit[labels[~is_unfit]] = True
     is_unlikely = ~has_fit[ends].all(axis=1)
-    probability = _set_level(ratio, _RIGHT_MERGES)
-    probability[is_unlikely] = np.minimum(probability[is_unlikely], 1 / (1 + np.exp(-_UNFIT_RATIO)))
-    order = np.lexsort((merges.right, merges.left, -probability * sizes.min(axis=1)))
+    share = min(_RIGHT_MERGES, _RIGHT_MERGES_PER_CLUSTER * len(clusters) / len(merges))
+    probability = _set_level(deviation, share, slope=_SLOPE_MERGES)
+    probability[is_unlikely] = np.minimum(probability[is_unlikely], _UNFIT_PROBABILITY)
+    order = np.lexsort((merges.right, merges.left, -probability))
     return SuspectedMerges(
         merges.left[order], merges.right[order], merges.similarity[order], probability[order].astype(np.float32)
     )
@@ -74,9 +82,7 @@ def rank_splits(splits: SuspectedSplits) -> SuspectedSplits:
     """
     if not len(splits):
         return splits
-    similarity = splits.similarity.astype(np.float64)
-    spread = max(1e-6, float(similarity.std()))
-    probability = _set_level((similarity.mean() - similarity) / spread, _RIGHT_SPLITS)
+    probability = _set_level(-splits.similarity.astype(np.float64), _RIGHT_SPLITS, slope=_SLOPE_SPLITS)
     order = np.lexsort((splits.cluster, -probability))
     return replace(
         splits,
@@ -87,18 +93,19 @@ def rank_splits(splits: SuspectedSplits) -> SuspectedSplits:
     )
 
 
-def _set_level(score: Float64, share: float) -> Float64:
-    """Turn scores (m,) into probabilities whose mean is a share: a logistic curve with the right offset."""
+def _set_level(score: Float64, share: float, *, slope: float) -> Float64:
+    """Turn scores (m,) into probabilities: a logistic curve, with the offset that makes their mean a share."""
+    scaled = slope * (score - score.mean()) / max(1e-6, float(score.std()))
     # The mean rises with the offset, so the offset is found by halving an interval.
-    low = -float(score.max()) - 40
-    high = -float(score.min()) + 40
+    low = -float(scaled.max()) - 40
+    high = -float(scaled.min()) + 40
     for _ in range(_STEPS):
         offset = (low + high) / 2
-        if float(_sigmoid(score + offset).mean()) < share:
+        if float(_sigmoid(scaled + offset).mean()) < share:
             low = offset
         else:
             high = offset
-    return _sigmoid(score + (low + high) / 2)
+    return _sigmoid(scaled + (low + high) / 2)
 
 
 def _sigmoid(value: Float64) -> Float64:

@@ -78,8 +78,8 @@ def build_cluster_report(graph: Graph, gallery: Gallery, review: ClusterReview) 
     notes = (
         "A merge is suspected if two clusters share a pair of near faces but are not near on average. A split is "
         "suspected if a cluster falls apart at a stricter threshold. merges.parquet and splits.parquet hold all of "
-        "them. Their probabilities assume that a fifth of the merges and a third of the splits are right, as on known "
-        "faces; the page shows what your decisions say.",
+        "them. Their probabilities assume that as many are right as on known faces; the page shows what your decisions "
+        "say.",
         "Distances are Euclidean, between unit vectors, for faces of mean density. A crowd of similar faces, such as "
         "blurred ones, needs a smaller distance.",
     )
@@ -211,7 +211,7 @@ class _ClusterGroups:
                 ("faces", f"{left_size} + {right_size}"),
             ),
             tuple(rows),
-            suspicion=probability * min(left_size, right_size),
+            suspicion=probability,
             more=left_size + right_size - len(rows),
             choices=build_pair_choices(rows[0], rows[len(left_nodes)], suggests_one=True),
             probability=probability,
