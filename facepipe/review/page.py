@@ -77,23 +77,6 @@ class ReviewPage:
         """Whether anything can be decided on the page."""
         return self._head is not None and self._head.review is not None
 
-    def list_known_faces(self, ids: list[int]) -> pa.Table:
-        """List face_id, image_id and box of faces that are on the page, for `add_decisions`."""
-        with self._lock:
-            self._refresh()
-            rows = [self._faces[face_id] for face_id in ids if face_id in self._faces]
-        columns = {
-            "face_id": pa.array([row["face_id"] for row in rows], pa.int64()),
-            "image_id": pa.array([row["image_id"] for row in rows], pa.string()),
-            "box": pa.array([row["box"] for row in rows], pa.list_(pa.float32())),
-        }
-        return pa.table(columns)
-
-    def list_face_ids(self, part: int) -> list[int]:
-        """List the ids of the faces of a part."""
-        with self._lock:
-            return _list_ids(self._read_groups(part))
-
     def render(self, part: int, acts: list[dict[str, Any]]) -> str:
         """Render a part of the page.
 
@@ -196,7 +179,7 @@ class ReviewPage:
         wanted = np.unique(np.array([face_id for face_id in ids if face_id not in self._faces], np.int64))
         if not len(wanted):
             return
-        columns = ["face_id", "image_id", "box", "thumb"]
+        columns = ["face_id", "thumb"]
         for part in self._gallery.read_chosen_rows("face_id", pa.array(wanted, pa.int64()), columns):
             for row in part.to_pylist():
                 self._faces[row["face_id"]] = row

@@ -67,14 +67,12 @@ class ReviewSession:
                 self._redo(act)
                 return {"replaced": 0}
             rows = [*self._undo_earlier(act), *_list_rows(act)]
-            ids = [int(row[name]) for row in rows for name in ("face_id", "other_face_id") if name in row]
             summary = add_decisions(
                 self.page.gallery,
                 rows,
                 who=self._who,
                 source=f"review {self.page.report}",
                 replace=True,
-                known_faces=self.page.list_known_faces(ids),
             )
             if not summary.is_applied:
                 reasons = "; ".join(str(problem.reason) for problem in summary.problems[:3])
