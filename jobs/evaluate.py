@@ -53,12 +53,12 @@ def pairs(
         facepipe evaluate pairs gallery/ --draw 3000 --write pairs.csv
     """
     with exit_on_error():
+        from facepipe.decisions.gallery import DecidedGallery
         from facepipe.errors import ConfigError
         from facepipe.evaluation.draw_pairs import draw_pairs, write_pairs
         from facepipe.evaluation.pairs import evaluate_list, evaluate_pairs
-        from facepipe.gallery import Gallery
 
-        opened = Gallery(gallery)
+        opened = DecidedGallery(gallery)
         if (file is None) == (draw is None):
             raise ConfigError("which pairs? Name a pairs file, or set --draw COUNT to draw them from the labels")
         if write is not None and draw is None:
@@ -273,10 +273,10 @@ def clusters(
         facepipe evaluate clusters gallery/ --truth people.csv
     """
     with exit_on_error():
+        from facepipe.decisions.gallery import DecidedGallery
         from facepipe.evaluation.clusters import evaluate_clusters
-        from facepipe.gallery import Gallery
 
-        result = evaluate_clusters(Gallery(gallery), file, truth)
+        result = evaluate_clusters(DecidedGallery(gallery), file, truth)
         print_result(result.to_dict(), as_json=as_json, print_text=lambda: _print_clusters(gallery, result))
 
 
@@ -330,10 +330,10 @@ def clean(
         facepipe evaluate clean gallery/ truth.csv
     """
     with exit_on_error():
+        from facepipe.decisions.gallery import DecidedGallery
         from facepipe.evaluation.cleaning import evaluate_clean
-        from facepipe.gallery import Gallery
 
-        result = evaluate_clean(Gallery(gallery), truth, file)
+        result = evaluate_clean(DecidedGallery(gallery), truth, file)
         print_result(result.to_dict(), as_json=as_json, print_text=lambda: _print_clean(gallery, result))
 
 

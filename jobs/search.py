@@ -145,10 +145,10 @@ def _choose_threshold(gallery: str, calibrate: str, recall: float | None) -> Any
     Returns:
         The operating point that `facepipe.evaluation.identification.choose_threshold` returns.
     """
+    from facepipe.decisions.gallery import DecidedGallery
     from facepipe.evaluation.identification import choose_threshold
-    from facepipe.gallery import Gallery
 
-    point = choose_threshold(Gallery(gallery), _parse_fpir(calibrate), recall)
+    point = choose_threshold(DecidedGallery(gallery), _parse_fpir(calibrate), recall)
     print(_format_point(point, is_unstable=point.has_few_alarms), file=sys.stderr)
     return point
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from facepipe.decisions.gallery import DecidedGallery
 from facepipe.errors import ConfigError
 from facepipe.evaluation.identification import choose_threshold
 from facepipe.gallery import Gallery
@@ -144,7 +145,7 @@ def _set_threshold(config: BulkSearchConfig, summary: BulkSummary, on_progress: 
     if config.bulk.fpir is None:
         return config.search
     on_progress(f"threshold for FPIR={config.bulk.fpir:g}")
-    point = choose_threshold(Gallery(config.gallery), config.bulk.fpir, config.search.recall)
+    point = choose_threshold(DecidedGallery(config.gallery), config.bulk.fpir, config.search.recall)
     summary.steps["calibrate"] = {**point.to_dict(), "few": point.has_few_alarms}
     return replace(config.search, threshold=point.threshold)
 

@@ -28,8 +28,9 @@ from facepipe.curation.clusters.constraints import read_labels
 from facepipe.curation.duplicates import DuplicateRule
 from facepipe.curation.graph import Graph
 from facepipe.curation.space import find_space_limits
+from facepipe.decisions.gallery import DecidedGallery
+from facepipe.decisions.mark import save_decisions_mark
 from facepipe.errors import GalleryError
-from facepipe.gallery import Gallery
 from facepipe.gallery.changes import ReadMark
 from facepipe.reports.html import write_report
 from facepipe.reports.parquet import write_rows, write_table
@@ -117,7 +118,8 @@ def run(config: CleanConfig, gallery: str, progress: OnProgress = lambda line: N
     Raises:
         GalleryError: if there is no label at all.
     """
-    table = Gallery(gallery)
+    # The labels are those that count: what people have confirmed, else the source's.
+    table = DecidedGallery(gallery)
     summary = CleanSummary(out=os.path.join(locate_reports(table), NAME))
     phases = PhaseTimer(summary.seconds)
     # Duplicates are looked up in the same graph, so that it must reach as far as they do.
@@ -143,6 +145,7 @@ def run(config: CleanConfig, gallery: str, progress: OnProgress = lambda line: N
             rules=config.clean,
             duplicates=duplicates,
             seed=config.graph.seed,
+            decided=table.decided,
         )
         phases.end("judge")
         progress("writing")
@@ -150,13 +153,14 @@ def run(config: CleanConfig, gallery: str, progress: OnProgress = lambda line: N
         write_report(build_clean_report(graph, table, judgement), os.path.join(report.path, "report.html"))
         # `finish` takes the report as it is if the gallery has not changed since.
         ReadMark.from_gallery(table).save(os.path.join(report.path, MARK))
+        save_decisions_mark(report.path, table.decided.version)
         phases.end("write")
     _summarise(summary, graph, judgement, lists)
     return summary
 
 
 def _write_tables(
-    graph: Graph, gallery: Gallery, judgement: LabelJudgement, folder: str, rules: CleanRules
+    graph: Graph, gallery: DecidedGallery, judgement: LabelJudgement, folder: str, rules: CleanRules
 ) -> ListSummary:
     rows = build_decision_rows(gallery, graph.nodes, judgement.verdicts, judgement.names, graph.info)
     write_rows(os.path.join(folder, DECISIONS_FILE), DECISION_SCHEMA, rows)

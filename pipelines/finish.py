@@ -20,6 +20,7 @@ from facepipe.curation.training_lists import (
     TrainingLists,
     write_training_lists,
 )
+from facepipe.decisions.mark import has_new_decisions
 from facepipe.errors import AccountingError, ConfigError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import ReadMark, find_changes
@@ -146,11 +147,13 @@ def _update_reports(config: FinishConfig, gallery: str, progress: OnProgress) ->
 
 
 def _is_outdated(gallery: str, name: str, file: str) -> bool:
-    """Tell whether a report has no such file, or the gallery has changed since it was made."""
+    """Tell whether a report has no such file, or the gallery or a decision has changed since it was made."""
     table = Gallery(gallery)
     folder = _fetch_report(table, name)
     mark = ReadMark.load(os.path.join(folder, clean.MARK))
     if mark is None or mark.gallery != table.id or not os.path.exists(os.path.join(folder, file)):
+        return True
+    if has_new_decisions(folder, table.path):
         return True
     return mark.version != table.version and not find_changes(table, mark).is_empty
 

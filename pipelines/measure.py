@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
+from facepipe.decisions.gallery import DecidedGallery
 from facepipe.errors import GalleryError, ModelError
 from facepipe.evaluation.model_limits import (
     MIN_FACES,
@@ -109,7 +110,7 @@ def run(
     began = time.monotonic()
     path = Path(card)
     embedder = _load_model(path, config)
-    table = Gallery(gallery)
+    table = DecidedGallery(gallery)
     table.freeze()
     summary = MeasureSummary(str(path))
     attach_summary(summary)

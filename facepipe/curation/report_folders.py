@@ -49,6 +49,7 @@ _DUPLICATES = (
     "drop.txt",
     "report.html",
     "mark.json",
+    "decided.json",
 )
 # Files of the reports, by the reports' names. Tests compare them with what each command writes.
 _REPORT_FILES: dict[str, tuple[str, ...]] = {
@@ -64,7 +65,16 @@ _REPORT_FILES: dict[str, tuple[str, ...]] = {
     "clean": (
         *("decisions.parquet", "images.parquet", "identities.parquet", "report.html"),
         *("merges.parquet", "look_alikes.parquet"),
-        *("clean.csv", "clean.txt", "labels.csv", "msceleb.txt", "relabel.csv", "review.csv", "mark.json"),
+        *(
+            "clean.csv",
+            "clean.txt",
+            "labels.csv",
+            "msceleb.txt",
+            "relabel.csv",
+            "review.csv",
+            "mark.json",
+            "decided.json",
+        ),
     ),
 }
 _GRAPH_FILES = re.compile(

@@ -118,16 +118,17 @@ class DecidedFaces:
             identities: labels that the source gives, (m,).
 
         Returns:
-            The name that people have confirmed; else the source's label; null if there is none, or if people have said
-            that the face is not this person.
+            The name that people have confirmed, else the source's label. It is null if there is none, if people have
+            said that the face is not this person, or if they ignore it.
         """
         labels = identities.combine_chunks() if isinstance(identities, pa.ChunkedArray) else identities
         labels = pa.concat_arrays(labels.chunks) if isinstance(labels, pa.ChunkedArray) else labels
         labels = labels.cast(pa.string())
-        if not len(self.ids):
+        if not len(self.ids) and not len(self.ignored):
             return labels
         number = self.find_names(ids)
-        is_rejected = self.reject_names(ids, labels)
+        is_rejected = self.reject_names(ids, labels) | self.is_ignored(ids)
+        number[self.is_ignored(ids)] = -1
         confirmed = pa.array(self.names, pa.string()).take(pa.array(number, mask=number < 0))
         kept_labels = pc.if_else(pa.array(is_rejected), pa.scalar(None, pa.string()), labels)
         return pc.if_else(pa.array(number >= 0), confirmed, kept_labels)

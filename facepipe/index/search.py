@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from facepipe.decisions.persons import DecidedFaces, read_decided_faces
 from facepipe.deprecation import warn_renamed
 from facepipe.errors import ConfigError, IndexingError
 from facepipe.gallery.hidden import HiddenImages, HiddenWatch, list_complete
@@ -61,7 +62,9 @@ class Index:
         index.to_pandas(hits)                              # a row per hit, with uri and identity
         answers = index.search_within(vectors, radius=0.4) # all faces within a distance
 
-    Faces of images whose erasure is recorded are not returned from that moment on, also by an index that is open.
+    Faces of images whose erasure is recorded are not returned from that moment on, also by an index that is open. Faces
+    that people ignore are not returned, and names that people gave are the identities. For these an index that is open
+    goes by the decisions of the moment at which it was opened.
 
     Distances are exact. Which faces are found is approximate above about 50,000 faces, with the recall that the index
     was built for, or the requested one. `get_recall` says what was measured for a k or a radius.
@@ -83,6 +86,7 @@ class Index:
         manifest: Manifest | None = None,
         *,
         known_erasures: Collection[str] | None = None,
+        with_ignored: bool = False,
     ):
         """Open an index.
 
@@ -94,6 +98,8 @@ class Index:
             manifest: by default the published one.
             known_erasures: erasures that were complete when the manifest was read (`list_complete`). With them, another
                 manifest may have taken its place since; what was erased meanwhile is not returned.
+            with_ignored: return all faces with the labels of their source, whatever people have decided. Only what
+                maintains or measures the index needs them.
 
         Raises:
             IndexingError: there is no index, or a file of it is damaged.
@@ -117,7 +123,8 @@ class Index:
         # What was erased since the index was written, or is being erased.
         self._watch = HiddenWatch(gallery)
         self._hidden: HiddenImages | None = None
-        self._excluded = np.empty(0, np.int64)
+        self._decided = DecidedFaces() if with_ignored else read_decided_faces(gallery)
+        self._excluded = self._decided.ignored
         self._guard = threading.Lock()
         self._compared = self.manifest
         self._scanner = self._create_scanner()
@@ -316,6 +323,8 @@ class Index:
             tables.append(shard.read_labels(rows))
             count += len(positions)
         labels = pa.concat_tables(tables).take(pa.array(table_rows))
+        named = self._decided.name_faces(ids, labels["identity"])
+        labels = labels.set_column(labels.schema.get_field_index("identity"), "identity", named)
         # The index may be behind the table, and then holds faces of earlier contents of an image under other ids.
         is_hidden = pa.array(np.isin(ids, self._excluded))
         if self._hidden:

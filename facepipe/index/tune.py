@@ -55,7 +55,7 @@ def tune_manifest(gallery: str, draft: Manifest, recall: float, *, seed: int, ne
         seed: of the sample.
         new_template: whether the template was trained for these shards: it then gets their imbalance.
     """
-    index = Index(gallery, manifest=draft)
+    index = Index(gallery, manifest=draft, with_ignored=True)
     curve = measure_curve(index, draw_sample(index, seed), recall)
     nprobe, rescore = replace(draft, curve=curve).choose_setting(recall)
     targets = measure_targets(index, seed, recall)
@@ -78,7 +78,7 @@ def is_unbalanced(gallery: str, draft: Manifest, max_growth: float) -> bool:
     """Say whether the lists' imbalance is more than `max_growth` times that of training."""
     if not draft.template.lists:
         return False
-    lengths = Index(gallery, manifest=draft).count_per_list()
+    lengths = Index(gallery, manifest=draft, with_ignored=True).count_per_list()
     return compute_imbalance(lengths) > max_growth * draft.template.imbalance
 
 

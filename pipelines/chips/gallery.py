@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from facepipe.gallery import Gallery
+from facepipe.decisions.gallery import DecidedGallery
 from facepipe.schema import WORK_ITEM
 from facepipe.sorted_lookup import is_in_sorted
 from facepipe.sources.blocks import Block, BlockSize
@@ -58,7 +58,7 @@ class GalleryListing:
         places = ImageLocator()
         # An upper bound of the images to come, which decides how large blocks are.
         remaining = len(selected) - len(known)
-        batches = Gallery(self.gallery, self.version).batches(_COLUMNS, "landmarks is not null", ROWS)
+        batches = DecidedGallery(self.gallery, self.version).batches(_COLUMNS, "landmarks is not null", ROWS)
         for faces in iterate_whole_images(batches):
             # Keep the selected faces, with their names.
             ids = faces["face_id"].to_numpy()

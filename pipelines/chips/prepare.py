@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from facepipe import storage
+from facepipe.decisions.gallery import DecidedGallery
 from facepipe.erasure.trainings import record_training
 from facepipe.errors import ConfigError, EvaluationError, SourceError
 from facepipe.gallery import Gallery
@@ -289,7 +290,7 @@ def _make_chips(order: ChipOrder, folder: str, run: ChipRunConfig, log: Callable
     figures = Counter[str]()
     if data.gallery:
         image_names = None if order.needs_identity else frozenset(order.image_names)
-        figures.update(select_faces(data, Gallery(data.gallery), exclusions, folder, image_names))
+        figures.update(select_faces(data, DecidedGallery(data.gallery), exclusions, folder, image_names))
     # Cut their chips, and move them into shards. The writer deletes the unfinished shard of an interrupted run.
     writer = ChipShardWriter(folder)
     figures["held from an interrupted run"] = _write_known(order, folder)

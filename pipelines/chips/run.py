@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from facepipe import storage
+from facepipe.decisions.table import DecisionTable
 from facepipe.gallery import Gallery
 from facepipe.gallery.commits.parts import PartRecord
 from facepipe.hashing import hash64
@@ -89,8 +90,11 @@ class ChipOrder:
         paths = [path for path in (self.data.gallery, *self.data.exclude) if path]
         galleries = [Gallery(path) for path in paths]
         versions = [(gallery.id, gallery.version) for gallery in galleries]
+        # What people have decided changes labels without a new version of the gallery.
+        decided = [DecisionTable(path).version for path in paths if DecisionTable(path).exists]
         files = [_get_file_mark(path) for path in (self.data.list, self.data.source)]
-        return _hash_facts([self._config_facts, versions, files, read_excluded_names(self.data)])
+        facts = [self._config_facts, versions, files, read_excluded_names(self.data)]
+        return _hash_facts([*facts, decided] if decided else facts)
 
     @property
     def config_fingerprint(self) -> str:

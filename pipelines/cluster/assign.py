@@ -24,7 +24,7 @@ from facepipe.curation.clusters.tables import (
     read_cluster_table,
 )
 from facepipe.curation.report_folders import MARKER, inspect_folder
-from facepipe.decisions.persons import read_decided_faces
+from facepipe.decisions.gallery import DecidedGallery
 from facepipe.errors import FacepipeError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import ReadMark
@@ -93,7 +93,7 @@ def run(
         EvaluationError: if there are no clusters yet.
     """
     began = time.monotonic()
-    table = Gallery(gallery)
+    table = DecidedGallery(gallery)
     summary = AssignSummary()
     rules = rules or ClusterRules()
     report = os.path.join(locate_reports(table), NAME)
@@ -113,10 +113,12 @@ def run(
     return summary
 
 
-def _update(table: Gallery, report: str, summary: AssignSummary, *, one_photo: bool, progress: OnProgress) -> None:
+def _update(
+    table: DecidedGallery, report: str, summary: AssignSummary, *, one_photo: bool, progress: OnProgress
+) -> None:
     """Place the new faces, and take out those that are gone."""
     with open_report_folder(table, NAME) as new_report:
-        decided = read_decided_faces(table)
+        decided = table.decided
         update = update_clusters(table, report, one_photo=one_photo, progress=progress, decided=decided)
         _note_drift(summary, PlacementRule.load(report) if update is None else update.rule, count_faces(table))
         # If no face came and none left, the report stays as it is.

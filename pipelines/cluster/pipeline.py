@@ -49,7 +49,8 @@ from facepipe.curation.graph import Graph
 from facepipe.curation.graph.clusters import Clusters
 from facepipe.curation.graph.describe import find_stricter_threshold
 from facepipe.curation.graph.fitness import find_unfit_nodes, read_min_quality
-from facepipe.decisions.persons import DecidedFaces, read_decided_faces
+from facepipe.decisions.gallery import DecidedGallery
+from facepipe.decisions.persons import DecidedFaces
 from facepipe.errors import ConfigError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import ReadMark
@@ -172,12 +173,12 @@ def run(
     Raises:
         GalleryError: if there is no face, or if there are too few to estimate a threshold for a model that has none.
     """
-    table = Gallery(gallery)
+    # Decisions that contradict each other are refused before anything is built.
+    table = DecidedGallery(gallery)
+    decided = table.decided
     summary = ClusterSummary(algorithm=config.cluster.algorithm)
     phases = PhaseTimer(summary.seconds)
     with open_report_folder(table, NAME) as report:
-        # Decisions that contradict each other are refused before anything is built.
-        decided = read_decided_faces(table)
         earlier = _read_earlier(os.path.join(locate_reports(table), NAME))
         graph_folder = os.path.join(locate_reports(table), "graph")
         graph = open_graph([table], config.graph, config.run, graph_folder, progress, report.lease)

@@ -113,7 +113,7 @@ def count_new_images(table: Gallery) -> int:
 
 
 def _open_index(table: Gallery) -> Index:
-    index = Index(table.path)
+    index = Index(table.path, with_ignored=True)
     index.freeze()
     if index.manifest.contract != manifests.dump_contract(table):
         raise IndexingError(

@@ -26,6 +26,8 @@ from facepipe.curation.graph.describe import describe_recall
 from facepipe.curation.graph.nodes import Nodes
 from facepipe.curation.report_folders import GRAPH, delete_report
 from facepipe.curation.space import find_space_limits
+from facepipe.decisions.mark import save_decisions_mark
+from facepipe.decisions.table import DecisionTable
 from facepipe.errors import ConfigError, StorageError, ThresholdError
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import ReadMark
@@ -145,6 +147,7 @@ def run(
             delete_report(graph_folder, GRAPH)  # it holds the vectors of the other gallery
         if not against:
             ReadMark.from_gallery(galleries[0]).save(os.path.join(folder, MARK))  # where `dedup --new` starts
+            save_decisions_mark(folder, DecisionTable(galleries[0].path).version)
         phases.end("write")
     summary.without_hash = _count_without_hash(galleries)
     summary.out = os.path.join(locate_reports(galleries[0]), name)

@@ -13,9 +13,9 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
+from facepipe.decisions.gallery import DecidedGallery
 from facepipe.errors import ConfigError, GalleryError, ModelError
 from facepipe.evaluation.projected import VerificationScores, draw_pairs, score_vectors
-from facepipe.gallery import Gallery
 from facepipe.models.projection import Projection, SecondMoment, check_face_count, fit_projection, save_projection
 from facepipe.models.protocols import Embedder
 from facepipe.models.runtime.device import resolve_device
@@ -125,7 +125,7 @@ def run(
         if output.exists():
             raise ConfigError(f"{str(output)!r} exists: move it away, or copy {path.name} to another name")
     card_file = read_card(path)
-    table = Gallery(gallery)
+    table = DecidedGallery(gallery)
     table.freeze()  # the faces are counted first, and read then
     # Choose the faces, and find out whether they are enough before any image is read.
     embedder = _load_model(path, card_file, config)

@@ -11,11 +11,11 @@ from types import FrameType
 from typing import Any
 
 from facepipe import storage
+from facepipe.decisions.gallery import DecidedGallery
 from facepipe.erasure.trainings import record_training
 from facepipe.errors import TrainingError
 from facepipe.evaluation.draw_pairs import draw_pairs
 from facepipe.evaluation.pairs_file import read_pairs
-from facepipe.gallery import Gallery
 from facepipe.hashing import hash64
 from facepipe.models.zoo.card_file import save_model
 from facepipe.training.comparison import Comparison, VerificationSetConfig, compare_scores
@@ -388,7 +388,11 @@ def _prepare_test_set(
     """
     from pipelines.chips.prepare import prepare_images
 
-    pairs = read_pairs(config.pairs) if config.pairs else draw_pairs(Gallery(config.gallery), config.draw, config.seed)
+    pairs = (
+        read_pairs(config.pairs)
+        if config.pairs
+        else draw_pairs(DecidedGallery(config.gallery), config.draw, config.seed)
+    )
     # The folder is named for its content, because trainings with other test sets may share the chips.
     content = hash64(config.pairs, config.source, config.gallery, str(config.draw), str(config.seed))
     folder = f"{chips}-of-test-{content:016x}"

@@ -34,6 +34,7 @@ REASONS = (
     "the face is blurred",
     "the same picture has another name too",
     "no label",
+    "people have confirmed it",
 )
 (
     FITS,
@@ -48,6 +49,7 @@ REASONS = (
     BLURRED,
     TWO_NAMES,
     UNLABELLED,
+    CONFIRMED,
 ) = range(len(REASONS))
 
 

@@ -25,6 +25,8 @@ class LabelCandidates:
         is_own: Whether the identity is the face's own label, (m,).
         identity_count: Number of identities.
         has_neighbour: Whether a neighbour of the face has the identity as its label, (m,). By default all have.
+        is_certain: Whether people have confirmed the candidate, (m,). By default none is certain. A face with a certain
+            one has no other.
     """
 
     face: Int64
@@ -32,9 +34,19 @@ class LabelCandidates:
     is_own: Bool
     identity_count: int
     has_neighbour: Bool | None = None
+    is_certain: Bool | None = None
 
     def __len__(self) -> int:
         return len(self.face)
+
+    def settle(self, probability: Float32, no_identity: Float32) -> tuple[Float32, Float32]:
+        """Replace the probabilities (m,) of certain candidates by 1, and that of no identity at all (n,) by 0."""
+        if self.is_certain is None or not self.is_certain.any():
+            return probability, no_identity
+        certain = self.face[self.is_certain]
+        settled = no_identity.copy()
+        settled[certain] = 0
+        return np.where(self.is_certain, np.float32(1), probability).astype(np.float32), settled
 
 
 def find_candidates(labels: Int64, pairs: Iterable[Pairs]) -> LabelCandidates:

@@ -11,6 +11,7 @@ from pydantic import Field
 from facepipe.arrow import to_vectors
 from facepipe.curation.cleaning import decide
 from facepipe.curation.cleaning.decide import LabelVerdicts, decide_labels, overrule_kept, question_kept
+from facepipe.curation.cleaning.decided_labels import DecidedLabels, confirm_labels
 from facepipe.curation.cleaning.evidence import FaceVectors, LabelCandidates, find_candidates
 from facepipe.curation.cleaning.identities import (
     IdentityPairs,
@@ -27,6 +28,7 @@ from facepipe.curation.duplicates.images import gather_faces, rank_images
 from facepipe.curation.duplicates.stars import find_face_pairs
 from facepipe.curation.graph import Graph
 from facepipe.curation.graph.components import find_components
+from facepipe.decisions.persons import DecidedFaces
 from facepipe.gallery import Gallery
 from facepipe.nearest.similarity import Pairs
 from facepipe.types import Bool, Float32, Float64, Int64
@@ -84,6 +86,7 @@ def judge_labels(
     rules: CleanRules,
     duplicates: DuplicateRule,
     seed: int,
+    decided: DecidedFaces | None = None,
 ) -> LabelJudgement:
     """Judge every label of a gallery.
 
@@ -95,9 +98,12 @@ def judge_labels(
         rules: what makes a face unfit for training.
         duplicates: what counts as a copy.
         seed: seed of the samples.
+        decided: what people have decided; nothing by default. Confirmed labels are certain.
     """
+    decisions = DecidedLabels.locate(decided or DecidedFaces(), graph.nodes.ids, labels, names)
     threshold = graph.info.threshold.similarity
     photo, prior = _number_photos(gallery, graph, labels)
+    prior = np.where(decisions.is_confirmed, np.float32(1), prior)
     faces = FaceVectors(graph.nodes.vectors, graph.density, photo)
     # Neighbours are the edges that are as similar as one person's.
     near = NearFaces(graph)
@@ -113,6 +119,7 @@ def judge_labels(
     # Estimate how likely each label is right, starting from the largest part of each identity.
     parts = split_identities(faces, voting, copies, near_voters, threshold)
     candidates = find_candidates(voting, near_voters)
+    candidates = decisions.settle(candidates, voter)
     start = _start_probabilities(candidates, parts.is_largest, prior)
     posteriors = estimate_label_posteriors(faces, candidates, prior, start, threshold=threshold, seed=seed)
     posteriors = weigh_names(faces, candidates, posteriors, parts.part, prior, threshold=threshold)
@@ -121,9 +128,11 @@ def judge_labels(
     verdicts = decide_labels(candidates, posteriors, photo, prior).take(voter)
     parts = IdentityParts(parts.part[voter], parts.size[voter])
     verdicts = _question_conflicts(verdicts, copied, labels, max_distance=duplicates.close_near)
+    verdicts = confirm_labels(verdicts, decisions.is_confirmed)
     verdicts = _reject_low_quality(verdicts, graph, gallery, rules)
     if rules.duplicates:
         verdicts = _reject_copies(verdicts, copied, labels)
+    verdicts = confirm_labels(verdicts, decisions.is_kept)
     identities = summarise_identities(
         faces, labels, verdicts, parts, near, identity_count=len(names), threshold=threshold
     )

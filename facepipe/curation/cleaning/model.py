@@ -245,7 +245,7 @@ def estimate_label_posteriors(
     # Pairs of strangers show how similar faces are to identities that are not theirs.
     strangers = StrangerPairs.sample(candidates, seed)
     no_share = np.zeros(len(strangers.face), np.float32)
-    probability = start.astype(np.float32)
+    probability, _ = candidates.settle(start.astype(np.float32), np.zeros(len(prior), np.float32))
     rates = NoiseRates.start(candidates, len(prior))
     rounds: list[EstimationRound] = []
     for n in range(_MAX_ROUNDS):
@@ -497,10 +497,11 @@ def weigh_names(
     between[at] = similarity
     to_rest = posteriors.similarity.copy()
     to_rest[own] = np.where(is_pair[identity], between[identity], to_rest[own])
+    settled, nobody = candidates.settle(probability.astype(np.float32), no_identity.astype(np.float32))
     return replace(
         posteriors,
-        probability=probability.astype(np.float32),
-        no_identity=no_identity.astype(np.float32),
+        probability=settled,
+        no_identity=nobody,
         similarity=to_rest,
         weight=rest,
     )
@@ -586,7 +587,7 @@ def _compute_posteriors(
     no_identity = unknown + swapped * rates.missed + correct * (1 - prior)
     total = no_identity + np.bincount(face, likelihood, len(prior))
     probability = (likelihood / total[face]).astype(np.float32)
-    return probability, (no_identity / total).astype(np.float32)
+    return candidates.settle(probability, (no_identity / total).astype(np.float32))
 
 
 def _fit_distributions(genuine: Normal | None, impostor: Normal | None, threshold: float) -> tuple[Normal, Normal]:

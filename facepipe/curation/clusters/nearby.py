@@ -31,7 +31,7 @@ def open_usable_index(gallery: Gallery, mark: ReadMark, products: int) -> Index 
     if products <= _CHEAP_PRODUCTS:
         return None
     try:
-        index = Index(gallery.path)
+        index = Index(gallery.path, with_ignored=True)
         index.freeze()
     except IndexingError:
         return None

@@ -235,7 +235,7 @@ def _find_missing(index: Index, ids: Int64) -> Int64:
 def _open_index(gallery: Gallery) -> Index | None:
     """Open the gallery's index; None if there is none, or one of another model."""
     try:
-        index = Index(gallery.path)
+        index = Index(gallery.path, with_ignored=True)
         index.freeze()
     except IndexingError:
         return None
