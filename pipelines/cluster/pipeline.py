@@ -21,6 +21,7 @@ from facepipe.curation.clusters.persons import (
     SeenTimes,
     SharedFaces,
     build_person_table,
+    carry_names,
     match_persons,
 )
 from facepipe.curation.clusters.placement import PlacementRule, StrangerLimit
@@ -341,8 +342,11 @@ def _identify_persons(
         earlier_person = persons.find(earlier.find(graph.nodes.ids))
     ones = np.ones(len(graph.nodes), np.int64)
     shared = SharedFaces.count_up(review.labels, earlier_person, ones, decisions.is_decided)
-    name = decisions.links.contract(review.labels, count).person
+    name = decisions.links.contract(review.labels, count).person.astype(np.int64)
     number = match_persons(shared, name, decided.names, persons, order)
+    cluster_of_group = np.full(decided.group_count, -1, np.int64)
+    cluster_of_group[decisions.group[decisions.is_decided]] = review.labels[decisions.is_decided]
+    name = carry_names(number, name, persons, decided, cluster_of_group)
     seen = SeenTimes.read(gallery, graph.nodes.ids, review.labels, count)
     return build_person_table(
         number[order],

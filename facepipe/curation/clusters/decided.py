@@ -25,16 +25,18 @@ class DecidedNodes:
         group: Number of each node's group, (n,), -1 for none.
         person: Number of the name of each node's group, (n,), -1 for none.
         different: Pairs of nodes that are two persons, (p, 2): one pair per pair of groups.
+        faces: All that people have decided.
     """
 
     group: Int64
     person: Int32
     different: Int64
+    faces: DecidedFaces
 
     @classmethod
     def make_empty(cls, count: int) -> "DecidedNodes":
         """Say nothing about `count` nodes."""
-        return cls(np.full(count, -1, np.int64), np.full(count, -1, np.int32), _NO_PAIRS)
+        return cls(np.full(count, -1, np.int64), np.full(count, -1, np.int32), _NO_PAIRS, DecidedFaces())
 
     @classmethod
     def locate(cls, decided: DecidedFaces, ids: Int64) -> "DecidedNodes":
@@ -48,7 +50,7 @@ class DecidedNodes:
         first = np.full(decided.group_count, -1, np.int64)
         first[group[known[::-1]]] = known[::-1]
         pairs = first[decided.different]
-        return cls(group, person, pairs[(pairs >= 0).all(axis=1)])
+        return cls(group, person, pairs[(pairs >= 0).all(axis=1)], decided)
 
     @property
     def is_decided(self) -> Bool:
@@ -60,24 +62,26 @@ class DecidedNodes:
         """What must not come together."""
         return CannotLinks(self.different, self.person)
 
-    def unite(self, keys: Sequence[Int64]) -> Int64:
+    def unite(self, keys: Sequence[Int64], *, with_groups: bool = True) -> Int64:
         """Unite nodes that are one person: by decision, and by keys if no decision says otherwise.
 
         Args:
             keys: numbers (n,), -1 for none. Nodes with one number are held to be one person.
+            with_groups: whether nodes of one group are united. Groups that are two persons are apart in any case.
 
         Returns:
             The component (n,) of each node, numbered by its smallest node.
         """
         count = len(self.group)
+        group = self.group if with_groups else np.full(count, -1, np.int64)
         is_loose = np.zeros(count, bool)
-        component = _unite(count, self.group, keys, is_loose)
+        component = _unite(count, group, keys, is_loose)
         clashes = self.links.find_clashes(component)
         if not len(clashes):
             return component
         # Decided faces leave what holds two persons. The rest stays together, and any of them may join it later.
         is_loose = self.is_decided & np.isin(component, clashes)
-        return _unite(count, self.group, keys, is_loose)
+        return _unite(count, group, keys, is_loose)
 
 
 def _unite(count: int, group: Int64, keys: Sequence[Int64], is_loose: Bool) -> Int64:

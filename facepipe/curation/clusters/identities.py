@@ -5,6 +5,7 @@ import tempfile
 import numpy as np
 
 from facepipe.curation.clusters.decided import DecidedNodes
+from facepipe.curation.clusters.decided_places import gather_groups
 from facepipe.curation.graph import Graph
 from facepipe.curation.graph.cannot_links import CannotLinks
 from facepipe.curation.graph.cells import CellLayout, train_cells
@@ -51,13 +52,14 @@ def cluster_faces(
         u, v = _drop_left_out(graph.representatives, u, v, left_out)
     # Merge what is one person from the start, then link clusters along the edges.
     single = Clusters.from_faces(graph.nodes.vectors, graph.density)
-    known = unite_known(graph, same, decided, left_out)
+    known = unite_known(graph, same, decided, left_out, with_groups=False)
     apart = join_links(different, decided, known)
     if unfit is None or not unfit.any():
         labels, clusters = merge_by_average_linkage(
             single, u, v, threshold, apart.pairs, person=apart.person, start=known, run_tasks=run_tasks
         )
-        return _link_near_means(labels, clusters, threshold=threshold, apart=apart, run_tasks=run_tasks)
+        labels, clusters = _link_near_means(labels, clusters, threshold=threshold, apart=apart, run_tasks=run_tasks)
+        return _gather(decided, labels, clusters, single, threshold)
     # Only fit faces found persons. The others join them afterwards.
     is_waiting = _find_waiting(known, int(known.max(initial=-1)) + 1, unfit)[known]
     is_founding = ~(is_waiting[u] | is_waiting[v])
@@ -83,11 +85,25 @@ def cluster_faces(
         threshold=threshold,
         apart=apart.contract(labels, len(clusters)),
     )
-    return group[labels], clusters.merge(group)
+    return _gather(decided, group[labels], clusters.merge(group), single, threshold)
+
+
+def _gather(
+    decided: DecidedNodes | None, labels: Int64, clusters: Clusters, faces: Clusters, threshold: float
+) -> tuple[Int64, Clusters]:
+    """Bring what people have said is one person into one cluster. Until here it was only kept from what it is not."""
+    if decided is None or not decided.is_decided.any():
+        return labels, clusters
+    return gather_groups(decided, labels, clusters, faces, threshold)
 
 
 def unite_known(
-    graph: Graph, same: Int64 | None = None, decided: DecidedNodes | None = None, left_out: Bool | None = None
+    graph: Graph,
+    same: Int64 | None = None,
+    decided: DecidedNodes | None = None,
+    left_out: Bool | None = None,
+    *,
+    with_groups: bool = True,
 ) -> Int64:
     """Unite what is one person from the start: by decision, vectors that are equal in every bit, and equal numbers.
 
@@ -96,6 +112,7 @@ def unite_known(
         same: a number per node, (n,), -1 for none.
         decided: what people have said about the nodes.
         left_out: whether a node stays alone, (n,).
+        with_groups: whether decisions unite. What they part is apart in any case.
 
     Returns:
         The component (n,) of each node, numbered by its smallest node.
@@ -104,7 +121,7 @@ def unite_known(
     keys = [copies] if same is None else [copies, same]
     if left_out is not None:
         keys = [np.where(left_out, -1, key) for key in keys]
-    return (decided or DecidedNodes.make_empty(len(copies))).unite(keys)
+    return (decided or DecidedNodes.make_empty(len(copies))).unite(keys, with_groups=with_groups)
 
 
 def join_links(different: Int64 | None, decided: DecidedNodes | None, known: Int64) -> CannotLinks:

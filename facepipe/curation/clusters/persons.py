@@ -166,6 +166,45 @@ def match_persons(
     return persons
 
 
+def carry_names(
+    persons: Int64,
+    name: Int32 | Int64,
+    earlier: EarlierPersons,
+    decided: DecidedFaces,
+    cluster_of_group: Int64,
+) -> Int64:
+    """Let persons keep their names while none of the faces that people named is in the gallery.
+
+    Args:
+        persons: person of each of k clusters, (k,).
+        name: number of the name that decided faces give it, (k,), -1 for none.
+        earlier: the persons so far.
+        decided: what people have decided. A name that no decision gives any more is lost.
+        cluster_of_group: position of the cluster of each group of decided faces, (g,), -1 for none.
+
+    Returns:
+        The number of the name of each cluster, (k,), -1 for none.
+    """
+    carried = np.array(name, np.int64)
+    number_of_name = {text: number for number, text in enumerate(decided.names)}
+    used = set(carried[carried >= 0].tolist())
+    # A cluster does not get the name of which people have said that a face of it is not.
+    pairs = np.concatenate([decided.different, decided.different[:, ::-1]])
+    pairs = pairs[(decided.name[pairs[:, 0]] >= 0) & (cluster_of_group[pairs[:, 1]] >= 0)]
+    rejected = set(zip(cluster_of_group[pairs[:, 1]].tolist(), decided.name[pairs[:, 0]].tolist(), strict=True))
+    order = np.argsort(persons, kind="stable")
+    names = earlier.names
+    at = find_sorted(persons[order], np.array(list(names.values()), np.int64))
+    clusters = np.where(at >= 0, order[at], -1).tolist() if len(order) else [-1] * len(names)
+    for text, cluster in zip(names, clusters, strict=True):
+        number = number_of_name.get(text, -1)
+        if number < 0 or cluster < 0 or number in used:
+            continue
+        if carried[cluster] < 0 and (cluster, number) not in rejected:
+            carried[cluster] = number
+    return carried
+
+
 def _find_best(shared: SharedFaces, group: Int64, other: Int64) -> Int64:
     """Find the position of the best pair of each group."""
     order = np.lexsort((other, -shared.count, -shared.decided, group))
@@ -308,6 +347,7 @@ def update_persons(
     is_named = (at >= 0) & (decided.name >= 0)
     name[at[is_named]] = decided.name[is_named]
     persons = match_persons(shared, name, decided.names, earlier, np.arange(len(numbers)))
+    name = carry_names(persons, name, earlier, decided, at)
     times = _follow_seen(earlier, persons) if seen is None else SeenTimes(seen.first[numbers], seen.last[numbers])
     times.add(find_sorted(numbers, new_clusters), new_times)
     return build_person_table(

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from facepipe.curation.clusters.assign import assign_faces
 from facepipe.curation.clusters.decided import DecidedNodes
-from facepipe.curation.clusters.decided_places import find_group_places, place_groups
+from facepipe.curation.clusters.decided_places import find_group_places, gather_groups, place_groups
 from facepipe.curation.clusters.persons import EarlierPersons, SharedFaces, match_persons
 from facepipe.curation.graph.clusters import Clusters
 from facepipe.decisions.persons import DecidedFaces
@@ -64,6 +64,53 @@ def test_keys_that_decisions_contradict_give_way(seed: int, count: int, groups: 
         for number in np.unique(key[key >= 0]):
             assert len(np.unique(component[undecided[key[undecided] == number]])) <= 1
     assert np.array_equal(DecidedNodes.make_empty(count).unite(()), np.arange(count))
+
+
+@given(SEEDS, st.integers(1, 60), st.integers(1, 12), st.integers(1, 12), st.floats(0, 1))
+@settings(max_examples=100, deadline=None)
+def test_clusters_are_gathered_as_decided(seed: int, count: int, groups: int, most: int, threshold: float) -> None:
+    """From any clusters that hold no two persons: decisions hold, and who is not decided stays with the others."""
+    rng = np.random.default_rng(seed)
+    decided = draw_decided(rng, count, groups)
+    nodes = DecidedNodes.locate(decided, np.arange(count) * 10)
+    labels = nodes.unite([rng.integers(0, most, count)], with_groups=False)
+    vectors = rng.standard_normal((count, 128)).astype(np.float32) * 0.1 + np.eye(128, dtype=np.float32)[labels % 128]
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    faces = Clusters.from_faces(vectors, np.zeros(count, np.float32))
+    gathered, clusters = gather_groups(nodes, labels, faces.merge(labels), faces, threshold)
+    check(decided, np.arange(count) * 10, gathered)
+    assert np.array_equal(clusters.size, np.bincount(gathered))
+    assert np.allclose(clusters.sums, faces.merge(gathered).sums, atol=1e-4)
+    undecided = np.flatnonzero(~nodes.is_decided)
+    for number in np.unique(labels[undecided]):
+        assert len(np.unique(gathered[undecided[labels[undecided] == number]])) == 1
+
+
+def test_a_face_that_fits_stands_for_its_cluster() -> None:
+    """One decision on two medoids joins two clusters; one on an outlier moves only that."""
+    rng = np.random.default_rng(0)
+    centres = np.eye(128, dtype=np.float32)[:3]
+    vectors = np.repeat(centres, 5, axis=0) + 0.03 * rng.standard_normal((15, 128)).astype(np.float32)
+    vectors[7] = centres[0] * 0.5 + centres[1] * 0.3 + np.eye(128, dtype=np.float32)[9]
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    labels = np.repeat(np.arange(3), 5)
+    faces = Clusters.from_faces(vectors, np.zeros(15, np.float32))
+
+    def gather(group: dict[int, int], different: list[list[int]]) -> list[int]:
+        decided = DecidedFaces(
+            ids=np.array(sorted(group)),
+            group=np.array([group[face] for face in sorted(group)]),
+            name=np.full(3, -1),
+            different=np.array(different, np.int64).reshape(-1, 2),
+        )
+        nodes = DecidedNodes.locate(decided, np.arange(15))
+        result: list[int] = gather_groups(nodes, labels, faces.merge(labels), faces, 0.6)[0].tolist()
+        return result
+
+    assert gather({0: 0, 5: 0}, []) == [0] * 10 + [1] * 5
+    assert gather({0: 0, 7: 0}, []) == [0] * 5 + [1, 1, 0, 1, 1] + [2] * 5
+    # Two that would bring together two persons are not joined: only the decided face moves.
+    assert gather({0: 0, 5: 0, 1: 1, 6: 2}, [[1, 2]]) == [0] * 5 + [0, 1, 1, 1, 1] + [2] * 5
 
 
 @given(SEEDS, st.integers(1, 60), st.integers(1, 12), st.integers(1, 10))
