@@ -12,9 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from facepipe.curation.duplicates import DuplicateRule, Duplicates, find_duplicates
+from facepipe.curation.duplicates.images import rank_images
 from facepipe.curation.duplicates.incremental import NewImages, gather_new_images
 from facepipe.curation.duplicates.report import build_duplicates_report
 from facepipe.curation.space import find_space_limits
+from facepipe.decisions.persons import read_decided_faces
 from facepipe.errors import IndexingError
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import PartialGallery, ReadMark, TableChanges, find_changes
@@ -68,14 +70,16 @@ def run(config: DedupConfig, gallery: str, progress: OnProgress = lambda line: N
     with open_report_folder(table, NAME) as new_report:
         # Gather the new images, and the old ones that are near them by the index.
         since = find_changes(table, _load_last_mark(table))
-        images = gather_new_images(since, lambda: _open_index(table), config.dedup, progress)
+        decided = read_decided_faces(table)
+        images = gather_new_images(since, lambda: _open_index(table), config.dedup, progress, decided)
         phases.end("gather")
         # Without new images the last report stays.
         if images is None:
             raise ReportUnchangedError(MARK, ReadMark.from_gallery(table))
         progress("comparing pictures")
         # Compare all gathered images, and keep the pairs and groups with a new one.
-        everything = find_duplicates(images.table, images.edges, config.dedup, images.measure)
+        ranked = rank_images(images.table, config.dedup.keep, [decided])
+        everything = find_duplicates(images.table, images.edges, config.dedup, images.measure, ranked)
         uris = pc.unique(images.table["uri"].filter(pa.array(images.is_new)))
         duplicates = select_new(everything, uris)
         phases.end("compare")

@@ -27,6 +27,7 @@ from facepipe.curation.graph.nodes import Nodes
 from facepipe.curation.report_folders import GRAPH, delete_report
 from facepipe.curation.space import find_space_limits
 from facepipe.decisions.mark import save_decisions_mark
+from facepipe.decisions.persons import read_decided_faces
 from facepipe.decisions.table import DecisionTable
 from facepipe.errors import ConfigError, StorageError, ThresholdError
 from facepipe.gallery import Gallery
@@ -193,14 +194,17 @@ def _compare(
 
     Without a face there is no graph: then hashes alone are compared, and no identity is shared.
     """
+    decided = [read_decided_faces(gallery) for gallery in galleries]
     if graph is None:
         no_ids = np.empty(0, np.int64)
         nodes = Nodes(no_ids, np.empty(0, np.int8), np.empty((0, galleries[0].dim), np.float32))
         table, _ = gather_faces(galleries, nodes)
-        return find_duplicates(table, Pairs(no_ids, no_ids, np.empty(0, np.float32)), config.dedup), None
+        images = rank_images(table, config.dedup.keep, decided)
+        no_pairs = Pairs(no_ids, no_ids, np.empty(0, np.float32))
+        return find_duplicates(table, no_pairs, config.dedup, images=images), None
     # Nodes are faces of the graph. Their rows in the table are (n,), and each pair lists its smaller row first.
     table, row_of_node = gather_faces(galleries, graph.nodes)
-    images = rank_images(table, config.dedup.keep)
+    images = rank_images(table, config.dedup.keep, decided)
     near = find_face_pairs(graph, images, row_of_node, config.dedup)
     ends = np.sort(np.stack([row_of_node[near.u], row_of_node[near.v]]), axis=0)
     node_of_row = np.zeros(table.num_rows, np.int64)

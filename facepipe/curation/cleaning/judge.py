@@ -110,7 +110,7 @@ def judge_labels(
     copies = graph.representatives
 
     # Copies of a picture under one name count once: the first of them votes, and the others share its verdict.
-    copied = _find_copies(graph, gallery, duplicates)
+    copied = _find_copies(graph, gallery, duplicates, decisions.decided)
     voter = _choose_voters(copied, copies, labels)
     is_voter = voter == np.arange(len(labels))
     voting = np.where(is_voter, labels, -1)
@@ -200,10 +200,10 @@ class _CopiedFaces:
     distance: Float32
 
 
-def _find_copies(graph: Graph, gallery: Gallery, rule: DuplicateRule) -> _CopiedFaces:
+def _find_copies(graph: Graph, gallery: Gallery, rule: DuplicateRule, decided: DecidedFaces) -> _CopiedFaces:
     """Find the images that are copies of one another, and the faces in them that are the same."""
     table, row_of_node = gather_faces([gallery], graph.nodes)
-    images = rank_images(table, rule.keep)
+    images = rank_images(table, rule.keep, [decided])
     near = find_face_pairs(graph, images, row_of_node, rule)
     # Turn pairs of nodes into pairs of rows.
     u = row_of_node[near.u]

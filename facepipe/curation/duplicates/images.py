@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from facepipe.curation.duplicates.rule import Keep
 from facepipe.curation.graph.nodes import Nodes
+from facepipe.decisions.persons import DecidedFaces
 from facepipe.gallery import Gallery
 from facepipe.schema import FACES
 from facepipe.storage.spilled import SPILLED_ROWS, sort_rows, spill_batches, take_rows
@@ -91,6 +92,7 @@ class RankedImages:
         of_face: Number of the image of each row of the table of faces.
         face_counts: Number of faces of each image.
         uri_position: Position of each image in the order of uris, and of one uri by side.
+        standing: Whether people have decided on a face of each image: 1, or -1 if they ignore all of its faces.
     """
 
     faces: pa.Table
@@ -98,6 +100,7 @@ class RankedImages:
     of_face: Int64
     face_counts: Int64
     uri_position: Int64
+    standing: npt.NDArray[np.int8]
 
     def __len__(self) -> int:
         return len(self.row)
@@ -152,12 +155,16 @@ class RankedImages:
         return first
 
 
-def rank_images(faces: pa.Table, keep: Keep) -> RankedImages:
+def rank_images(faces: pa.Table, keep: Keep, decided: Sequence[DecidedFaces] = ()) -> RankedImages:
     """Rank the images of a table of faces. The order of the rows does not matter.
+
+    Of two copies the one comes first that has a face on which people have decided who it is. Images all of whose faces
+    people ignore come last.
 
     Args:
         faces: rows as of `gather_faces`.
         keep: which copy is kept.
+        decided: what people have decided, of each side; nothing by default.
     """
     # Number the images by uri and side. The largest face of each image stands for it.
     by_name, is_new = sort_rows(faces.select(["uri", "side"]))
@@ -171,14 +178,43 @@ def rank_images(faces: pa.Table, keep: Keep) -> RankedImages:
     columns = [name for name, _ in _ORDER[keep] if name in faces.column_names]
     table = take_rows(faces.select([*columns, "side", "width", "height"]), row)
     table = table.append_column("pixels", _count_pixels(table)).append_column("uri", pa.array(np.arange(len(row))))
+    table = table.append_column("standing", pa.array(_find_standing(faces, number, len(row), decided)))
     known_order = [key for key in _ORDER[keep] if key[0] in table.column_names]
-    sort_keys = [("side", "descending"), *known_order, ("uri", "ascending")]
+    sort_keys = [("side", "descending"), ("standing", "descending"), *known_order, ("uri", "ascending")]
     ranked = pc.sort_indices(table, sort_keys=sort_keys).to_numpy().astype(np.int64)
     rank = np.empty(len(ranked), np.int64)
     rank[ranked] = np.arange(len(ranked))
     of_face = rank[number]
+    standing = table["standing"].to_numpy()[ranked]
     is_face = np.asarray(faces["face_id"].is_valid())
-    return RankedImages(faces, row[ranked], of_face, np.bincount(of_face[is_face], minlength=len(ranked)), ranked)
+    return RankedImages(
+        faces, row[ranked], of_face, np.bincount(of_face[is_face], minlength=len(ranked)), ranked, standing
+    )
+
+
+def _find_standing(faces: pa.Table, number: Int64, count: int, decided: Sequence[DecidedFaces]) -> npt.NDArray[np.int8]:
+    """Find whether people have decided on the faces of `count` images: 1 if on one, -1 if they ignore all, else 0.
+
+    Args:
+        faces: rows of the faces.
+        number: image of each row, (n,).
+        count: number of images.
+        decided: what people have decided, of each side.
+    """
+    standing = np.zeros(count, np.int8)
+    if not any(decided):
+        return standing
+    is_face = faces["face_id"].is_valid().to_numpy()
+    ids = pc.fill_null(faces["face_id"], -1).to_numpy()
+    side = faces["side"].to_numpy()
+    for position, known in enumerate(decided):
+        rows = np.flatnonzero(is_face & (side == position))
+        is_ignored = known.is_ignored(ids[rows])
+        ignored = np.bincount(number[rows[is_ignored]], minlength=count)
+        all_faces = np.bincount(number[rows], minlength=count)
+        standing[(ignored > 0) & (ignored == all_faces)] = -1
+        standing[number[rows[known.is_confirmed(ids[rows]) & ~is_ignored]]] = 1
+    return standing
 
 
 def _count_pixels(table: pa.Table) -> pa.ChunkedArray:

@@ -21,6 +21,7 @@ from facepipe.curation.duplicates.pairs import ImageLinks, MeasureFaces, classif
 from facepipe.curation.duplicates.rule import KINDS, NEAR, DuplicateRule
 from facepipe.curation.duplicates.stars import build_stars
 from facepipe.curation.graph.nodes import find_representatives
+from facepipe.decisions.persons import DecidedFaces
 from facepipe.errors import IndexingError
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import TableChanges
@@ -60,7 +61,11 @@ class NewImages:
 
 
 def gather_new_images(
-    changes: TableChanges, open_index: Callable[[], Index], rule: DuplicateRule, progress: Callable[[str], None]
+    changes: TableChanges,
+    open_index: Callable[[], Index],
+    rule: DuplicateRule,
+    progress: Callable[[str], None],
+    decided: DecidedFaces,
 ) -> NewImages | None:
     """Gather the new images of a gallery and all images that they have to be compared with.
 
@@ -69,6 +74,7 @@ def gather_new_images(
         open_index: opens the gallery's index. It is called only if there is something to look up.
         rule: what counts as a duplicate.
         progress: called with each line of progress.
+        decided: what people have decided: it says which copies are kept.
 
     Returns:
         None if there are no new images.
@@ -91,7 +97,7 @@ def gather_new_images(
         if not len(near_uris):
             break
         table = pa.concat_tables([table, _read_images(gallery, near_uris)])
-    search = _NeighbourSearch(index, rule)
+    search = _NeighbourSearch(index, rule, decided)
     # Repeat until the neighbours of all affected images are known.
     while len(ids):
         progress(f"{len(ids)} faces: looking for near ones")
@@ -190,9 +196,10 @@ def _is_one_of(table: pa.Table, uris: pa.Array) -> Bool:
 class _NeighbourSearch:
     """Neighbours by face id, as the search goes on."""
 
-    def __init__(self, index: Index, rule: DuplicateRule):
+    def __init__(self, index: Index, rule: DuplicateRule, decided: DecidedFaces):
         self._index = index
         self._rule = rule
+        self._decided = decided
         self._queried = _NO_IDS
         self._full = _NO_IDS  # faces that have more neighbours than one query returns
         self._pairs = [_NO_PAIRS]  # u and v are face ids here
@@ -221,7 +228,7 @@ class _NeighbourSearch:
     def find_next(self, table: pa.Table, is_new: Bool) -> Int64:
         """Find the faces to look up next: those of images that could be in a group with a new one, or in a pair."""
         # Classify what is known so far, to see which images new ones affect.
-        images = rank_images(table, self._rule.keep)
+        images = rank_images(table, self._rule.keep, [self._decided])
         links = classify_pairs(images, table, self.build_edges(table), self._rule)
         is_affected = _find_affected_images(images, links, is_new, self._rule)[images.of_face]
         ids = table["face_id"].filter(pa.array(is_affected)).drop_null().to_numpy()
@@ -247,7 +254,7 @@ class _NeighbourSearch:
         # If an answer was cut off, compare the copy that is kept with all of its copies.
         is_full = np.isin(ids, self._full)
         if is_full.any():
-            rank = rank_images(table, self._rule.keep).of_face[rows]
+            rank = rank_images(table, self._rule.keep, [self._decided]).of_face[rows]
             stars = build_stars(vectors, rank, pairs, is_full, radius=self._rule.radius)
             pairs = _drop_repeated(Pairs.concatenate([pairs, stars]), len(ids))
         ends = np.sort(np.stack([rows[pairs.u], rows[pairs.v]]), axis=0)

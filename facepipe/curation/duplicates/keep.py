@@ -80,8 +80,12 @@ def _iterate_reasons(images: RankedImages, groups: ImageGroups, dropped: Int64, 
     kinds = groups.kind[dropped].tolist()
     mirrored = groups.is_mirrored[dropped].tolist()
     turned = groups.is_turned[dropped].tolist()
-    for kind, is_mirrored, is_turned, copy, kept in zip(kinds, mirrored, turned, copies, kept_images, strict=True):
-        yield _explain(KINDS[kind], copy, kept, keep, is_mirrored=is_mirrored, is_turned=is_turned)
+    is_decided = (images.standing[groups.kept[dropped]] > images.standing[dropped]).tolist()
+    for kind, is_mirrored, is_turned, copy, kept, is_kept_by_people in zip(
+        kinds, mirrored, turned, copies, kept_images, is_decided, strict=True
+    ):
+        reason = _explain(KINDS[kind], copy, kept, keep, is_mirrored=is_mirrored, is_turned=is_turned)
+        yield f"{reason}, which people have decided on" if is_kept_by_people else reason
 
 
 def _explain(
