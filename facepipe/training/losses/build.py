@@ -5,9 +5,11 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from facepipe.errors import ConfigError
-from facepipe.training.losses.config import LossConfig, resolve_loss_config
+from facepipe.training.losses.config import PML, LossConfig, resolve_loss_config
 from facepipe.training.losses.heads import AngularHead, CircleHead, ClassHead, CosineHead
 from facepipe.training.losses.pairs import CirclePairLoss, CosineEmbeddingLoss
+from facepipe.training.losses.pml import MetricLearningLoss
+from facepipe.training.losses.quality_heads import AdaFaceHead, MagFaceHead
 from facepipe.training.losses.triplets import OfflineTripletLoss, TripletLoss, TripletSoftmax
 
 
@@ -34,6 +36,8 @@ _HEADS: dict[str, type[ClassHead]] = {
     "arcface": CosineHead,
     "subcenter-arcface": CosineHead,
     "circle": CircleHead,
+    "adaface": AdaFaceHead,
+    "magface": MagFaceHead,
     "l-softmax": AngularHead,
     "a-softmax": AngularHead,
 }
@@ -54,6 +58,8 @@ def build_objective(config: LossConfig, dim: int, classes: int, seed: int) -> nn
     config = resolve_loss_config(config)
     if classes < 2:
         raise ConfigError(f"{classes} class in the training data: training needs at least 2")
+    if config.name.startswith(PML):
+        return MetricLearningLoss(config.name, config.miner, dim=dim, classes=classes, seed=seed)
     if config.name in _HEADS:
         return _HEADS[config.name](config, dim, classes, seed)
     if config.name == "triplet-softmax":

@@ -110,7 +110,7 @@ class ClassHead(nn.Module):
         return (own >= best).float().mean()
 
 
-def _write_entries(logits: Tensor, positions: Tensor, values: Tensor) -> Tensor:
+def write_entries(logits: Tensor, positions: Tensor, values: Tensor) -> Tensor:
     """Write values (n,) to the entries at the positions, except where a position is -1."""
     # A position of -1 is read at column 0, and written back unchanged.
     columns = positions.clamp(min=0)
@@ -147,7 +147,7 @@ class CosineHead(ClassHead):
             moved = cosine - margin
         else:
             moved = add_angle(cosine, margin, bool(self.config.easy_margin))
-        return _write_entries(logits, positions, scale * moved)
+        return write_entries(logits, positions, scale * moved)
 
 
 class CircleHead(CosineHead):
@@ -164,7 +164,7 @@ class CircleHead(CosineHead):
         # The weights in front are detached: they scale the gradient, and have none themselves.
         own = scale * (1 + margin - cosine).detach().clamp(min=0) * (cosine - (1 - margin))
         others = (logits.detach() / scale + margin).clamp(min=0) * (logits - scale * margin)
-        return _write_entries(others, positions, own)
+        return write_entries(others, positions, own)
 
 
 class AngularHead(ClassHead):
@@ -214,4 +214,4 @@ class AngularHead(ClassHead):
         weight = self._compute_lambda().to(x.dtype)
         psi = multiply_angle(cosine, int(self.config.margin or 1))
         blend = (weight * cosine + psi) / (1 + weight)
-        return _write_entries(logits, positions, length * blend)
+        return write_entries(logits, positions, length * blend)

@@ -80,6 +80,25 @@ def angular(x: Float64, w: Float64, y: Float64, m: int, lam: float) -> float:
     return softmax_loss(with_own(x @ w.T, y, mine), y)
 
 
+def mag(x: Float64, w: Float64, y: Float64) -> float:
+    """MagFace with s 8, margins from 0.3 to 0.9 for lengths from 2.5 to 4, and the weight 2."""
+    theta = angles(x, w)
+    lengths = [min(max(math.sqrt((v * v).sum()), 2.5), 4.0) for v in x]
+    margins = [0.3 + (0.9 - 0.3) / (4 - 2.5) * (a - 2.5) for a in lengths]
+    own = [8 * arc(m)(float(theta[n, c])) for n, (c, m) in enumerate(zip(y, margins, strict=True))]
+    return softmax_loss(with_own(8 * np.cos(theta), y, own), y) + 2 * float(np.mean([a / 16 + 1 / a for a in lengths]))
+
+
+def ada(x: Float64, w: Float64, y: Float64, quality: list[float]) -> float:
+    """AdaFace with s 8 and m 0.4; the qualities are constants to the slopes."""
+    theta = angles(x, w)
+    own = []
+    for n, c in enumerate(y):
+        angle = min(max(float(theta[n, c]) - 0.4 * quality[n], 0), math.pi)
+        own.append(8 * (math.cos(angle) - (0.4 + 0.4 * quality[n])))
+    return softmax_loss(with_own(8 * np.cos(theta), y, own), y)
+
+
 def subcenter(x: Float64, w: Float64, y: Float64) -> float:
     theta = np.array([[min(float(angles(v[None], s[None])[0, 0]) for s in centres) for centres in w] for v in x])
     mine = [8 * arc(0.5)(float(theta[n, c])) for n, c in enumerate(y)]
@@ -150,6 +169,10 @@ REFERENCES: dict[str, tuple[LossConfig, Reference]] = {
     "a-softmax-2": (
         LossConfig("a-softmax", margin=2, lambda_base=0, lambda_min=0.5),
         lambda x, w, y: angular(x, unit(w), y, 2, 0.5),
+    ),
+    "magface": (
+        LossConfig("magface", scale=8, margin=0.3, margin_high=0.9, norm_low=2.5, norm_high=4, norm_weight=2),
+        lambda x, w, y: mag(x, w, y),
     ),
     "batch-all": (LossConfig("triplet", mining="batch-all"), batch_all),
     "batch-hard": (LossConfig("triplet", mining="batch-hard"), batch_hard),
@@ -250,6 +273,35 @@ def test_circle_against_class_centres() -> None:
     assert np.allclose(
         w.grad.numpy(), slopes(lambda v: circle_reference(points, v, LABELS, frozen), centres), atol=1e-7
     )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_adaface(seed: int) -> None:
+    head, x, y = made(LossConfig("adaface", scale=8, norm_rate=0.5), seed)
+    w = centres_of(head)
+    assert w is not None
+    points, centres = x.detach().numpy().copy(), w.detach().numpy().copy()
+    lengths = np.linalg.norm(points, axis=1)
+    mean = (20 + lengths.mean()) / 2
+    deviation = (100 + lengths.std(ddof=1)) / 2
+    head(x, y)
+    assert head.get_buffer("mean").item() == pytest.approx(mean)
+    assert head.get_buffer("deviation").item() == pytest.approx(deviation)
+    head.eval()
+    with torch.no_grad():
+        head.get_buffer("mean").fill_(lengths.mean())
+        head.get_buffer("deviation").fill_(lengths.std() / 4)  # so that some qualities are cut
+    spread = (lengths - lengths.mean()) / (lengths.std() / 4 + 1e-3)
+    quality = [min(max(0.333 * float(z), -1), 1) for z in spread]
+    assert {-1, 1} & set(quality)
+    assert any(-1 < value < 1 for value in quality)
+    loss = head(x, y)
+    loss.backward()
+    assert loss.item() == pytest.approx(ada(points, centres, LABELS, quality), rel=1e-10)
+    assert x.grad is not None
+    assert w.grad is not None
+    assert np.allclose(x.grad.numpy(), slopes(lambda v: ada(v, centres, LABELS, quality), points), atol=2e-7)
+    assert np.allclose(w.grad.numpy(), slopes(lambda v: ada(points, v, LABELS, quality), centres), atol=2e-7)
 
 
 def test_circle_over_pairs() -> None:
