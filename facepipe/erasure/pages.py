@@ -15,8 +15,9 @@ from facepipe.reports.model import Report, Table
 from facepipe.reports.questions import ASKS_FOR
 
 # Pages whose group titles hold no labels.
-_PAGES_WITHOUT_NAMES = ("Identity clusters", "Duplicate images", "What two galleries share")
-_SHARED_IDENTITIES = "Shared identities"  # the title of the table whose first two columns hold labels
+_PAGES_WITHOUT_NAMES = ("Identity clusters", "Duplicate images")
+# How the titles of tables begin whose first two columns hold labels; the first is that of older versions.
+_TABLES_OF_NAMES = ("Shared identities", "Persons in both", "Look-alikes")
 
 
 def scrub_page(path: str, erased: ErasedData) -> bool:
@@ -58,7 +59,7 @@ class _PageEditor:
         return edited
 
     def _edit_table(self, table: Table) -> Table:
-        if not table.title.startswith(_SHARED_IDENTITIES):
+        if not table.title.startswith(_TABLES_OF_NAMES):
             return table
         # In this table a label in one of the first two columns removes the row.
         revealing = self._erased.names | self._erased.uris
@@ -122,8 +123,15 @@ def _iterate_texts(head: Report) -> Iterator[str]:
 
 
 def _find_labels(title: str) -> Iterator[str]:
-    """Find what may be a label in a title such as `A: two persons?`, `A: is this B?` or `A and B: one person?`."""
+    """Find what may be a label in a title.
+
+    Titles are such as `A: two persons?`, `A: is this B?`, `A and B: one person?` or
+    `A here, B there`.
+    """
     # Labels may hold the words between the two names as well.
+    for words in re.finditer(" here, ", title):
+        yield title[: words.start()]
+        yield title[words.end() :].removesuffix(" there")
     for words in re.finditer(re.escape(ASKS_FOR), title):
         yield title[words.end() :].removesuffix("?")
     # Each colon may end the label, since labels may hold colons, and each "and" may join two labels.

@@ -374,3 +374,35 @@ def test_in_a_browser(server: ReviewServer, gallery: Path, tmp_path: Path) -> No
         assert {request.split("/")[2] for request in tab.requests} == {f"127.0.0.1:{server.server_port}"}
     finally:
         tab.close()
+
+
+def test_look_decide_apply_and_clean_again(gallery: Path, tmp_path: Path) -> None:
+    """From the page in a browser to the next run of the command."""
+    if browser.PROGRAM is None:
+        pytest.skip("no Chromium: `apt-get install chromium` brings one")
+    tab = browser.Browser(tmp_path / "profile")
+    folder = tmp_path / "downloads"
+    folder.mkdir()
+    try:
+        tab.open(gallery / "reports" / "clean" / "report.html")
+        # The first label is wrong, the second one right.
+        tab.press("j", "a", "r")
+        tab.save_downloads(folder)
+        tab.click("#export-open")
+        command = tab.run("document.getElementById('command').textContent").split()
+        tab.click("#download")
+        for _ in range(1000):
+            if list(folder.glob("*.jsonl")):
+                break
+            tab.wait("new Promise((done) => setTimeout(() => done(true), 10))")
+    finally:
+        tab.close()
+    (file,) = folder.glob("*.jsonl")
+    # The fixture's gallery is a copy: the page names the place where the report was made.
+    assert (command[:2], command[3:]) == (["facepipe", "apply"], [file.name])
+    code, _, err = run_facepipe("apply", gallery, file)
+    assert code == 0, err
+    lines = [json.loads(line) for line in file.read_text().splitlines()[1:]]
+    decided = {int(line["face_id"]): line["person"] for line in lines}
+    assert {face: person for _, face, person in list_active(gallery)} == decided
+    assert len(decided) == 2

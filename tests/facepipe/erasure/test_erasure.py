@@ -34,7 +34,8 @@ from facepipe.errors import ConfigError, GalleryBusyError, GalleryError, Storage
 from facepipe.gallery import Gallery, erasure_key, hidden, suppressed
 from facepipe.hashing import hash64_each
 from facepipe.reports.html import write_report
-from facepipe.reports.model import Face, Figure, Group, Report, Table
+from facepipe.reports.model import Face, Figure, Group, Report, ReviewTarget, Table
+from facepipe.reports.questions import build_label_choices, build_pair_choices
 from facepipe.schema import FACES, OK
 from facepipe.stages.suppress import Suppress
 
@@ -628,6 +629,44 @@ def test_pages(tmp_path: Path) -> None:
     )
     assert second["title"] == made[4].title
     assert scrub(folder) == set()
+
+
+def test_questions_on_pages(tmp_path: Path) -> None:
+    """Names and ids also stand in the answers to the questions of a page."""
+    erased_id = int(gone().faces[0])
+    known = Face(OTHER, (("label", "bob"),), b"", "", 1, "bob")
+    hers = Face(OTHER, (), b"", "", erased_id, "")
+    made = [
+        Group("bob: is this x?", "relabel", (), (known,), choices=build_label_choices(1, "bob", JANE, suggests_other=True)),
+        Group(f"bob: is this {JANE}?", "relabel", (), (known,)),
+        Group("bob and eve: one person?", "merge", (), (known, hers), distances=(0.5,),
+              choices=build_pair_choices(known, hers, suggests_one=True)),
+        Group("bob: is this eve?", "relabel", (), (known,), choices=build_label_choices(1, "bob", "eve", suggests_other=True)),
+    ]  # fmt: skip
+    folder = make_report_folder(tmp_path, "clean")
+    path = page(folder, "Noisy identities", made, review=ReviewTarget("g", "clean", 1))
+    assert scrub(folder) == {"report.html"}
+    assert JANE not in path.read_text()
+    assert json.dumps(JANE)[1:-1] not in path.read_text()
+    assert f'"{erased_id}"' not in path.read_text()
+    first, second, third = shown(path)
+    assert (first["choices"], second["choices"], len(second["faces"])) == ([], [], 1)
+    assert "distances" not in second
+    assert [choice["key"] for choice in third["choices"]] == ["a", "r", "o"]
+    assert scrub(folder) == set()
+
+
+def test_names_on_the_page_of_two_galleries(tmp_path: Path) -> None:
+    table = Table("Persons in both (the first 2 of 2)", ("here", "there"), ((JANE, "a"), ("b", "c")))
+    groups = [
+        Group(f"bob here, {JANE} there", "person in both", (), faces(OTHER)),
+        Group("group 1", "x", (), faces(OTHER)),
+    ]
+    folder = make_report_folder(tmp_path, "overlap")
+    path = page(folder, "What two galleries share", groups, tables=(table,))
+    assert scrub(folder) == {"report.html"}
+    assert [group["title"] for group in shown(path)] == ["group 1"]
+    assert "J, &#34;x" not in path.read_text()
 
 
 def test_tables_on_pages(tmp_path: Path) -> None:
