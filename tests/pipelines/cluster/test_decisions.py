@@ -1,5 +1,6 @@
 """cluster and --assign with what people have decided: it holds exactly, over every run, and persons keep their ids."""
 
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from bench.galleries import CONTRACT, Faces, append, rows
 from deltalake import DeltaTable
 from deltalake.transaction import AddAction, RemoveAction
+from helpers import embed
 
 from facepipe.config import build
 from facepipe.curation.clusters.persons import PERSONS
@@ -236,9 +238,8 @@ def test_copies_part_if_people_say_so(gallery: Gallery, drawn: pa.Table, ids: li
     assert len({list_clusters(opened)[face] for face in (19, *ids[0][1:])}) == 1
 
 
-def test_names_and_ids_survive_ten_clusterings(gallery: Gallery, drawn: pa.Table, tmp_path: Path) -> None:
+def test_names_and_ids_survive_ten_clusterings(gallery: Gallery, drawn: pa.Table) -> None:
     """With 30 % of the faces added and removed in between, every confirmed face keeps its person."""
-    rng = np.random.default_rng(0)
     everyone = np.array(drawn["face_id"].to_pylist())
     # Names of every third person on two faces, some wrong; strangers parted; strangers that are one.
     named = range(0, PERSONS_DRAWN, 3)
@@ -254,17 +255,28 @@ def test_names_and_ids_survive_ten_clusterings(gallery: Gallery, drawn: pa.Table
         first, second, third = everyone[n * EACH : n * EACH + 3].tolist()
         decided.append({"decision": "different_from", "face_id": first, "other_face_id": second})
         decided.append({"decision": "same_as", "face_id": second, "other_face_id": third})
+    person_of_name = cluster_ten_times(gallery, drawn, decided, {"graph": {"threshold": 0.42}})
+    assert len(person_of_name) == len(named)
+
+
+def cluster_ten_times(
+    gallery: Gallery, drawn: pa.Table, decided: list[dict[str, Any]], settings: dict[str, Any]
+) -> dict[str, int]:
+    """Cluster with these decisions, and with other 70 % of the rows each time; check them, and return who has names."""
     decide(gallery, *decided)
     confirmed = {row["face_id"]: row["person"] for row in decided if row["decision"] == "is"}
     person_of_name: dict[str, int] = {}
     opened = gallery
+    rng = np.random.default_rng(0)
+    rows_with_face = drawn.filter(drawn["face_id"].is_valid())
+    everyone = np.array(rows_with_face["face_id"].to_pylist())
     for turn in range(10):
         gone = rng.random(len(everyone)) < 0.3
-        opened = replace_rows(opened, conform(drawn.filter(pa.array(~gone))))
+        opened = replace_rows(opened, conform(rows_with_face.filter(pa.array(~gone))))
         if turn % 3 == 2:
             assign(opened.path)
         else:
-            cluster(opened)
+            run(build(ClusterConfig, settings, {"run": {"runner": "inline"}}), opened.path)
         present = set(everyone[~gone].tolist())
         clusters = list_clusters(opened)
         assert set(clusters) == present
@@ -282,4 +294,34 @@ def test_names_and_ids_survive_ten_clusterings(gallery: Gallery, drawn: pa.Table
             if both <= present and "other_face_id" in row:
                 is_one = len({clusters[face] for face in both}) == 1
                 assert is_one == (row["decision"] == "same_as")
-    assert len(person_of_name) == len(named)
+    return person_of_name
+
+
+def test_persons_of_lfw_survive_ten_clusterings(shared: Path, tmp_path: Path) -> None:
+    """The same on 130 real photos, with decisions of a reviewer who knows their labels."""
+    images = shared / "data" / "lfw-dev" / "images"
+    persons = [(path, sorted(path.iterdir())) for path in sorted(images.iterdir()) if path.is_dir()]
+    chosen = [(path, photos[:5]) for path, photos in persons if len(photos) >= 5][:18]
+    chosen += [(path, photos) for path, photos in persons if len(photos) == 1][:40]
+    for path, photos in chosen:
+        (tmp_path / "images" / path.name).mkdir(parents=True)
+        for photo in photos:
+            (tmp_path / "images" / path.name / photo.name).symlink_to(photo)
+    embed(tmp_path / "images", tmp_path / "g", runner="inline")
+    made = Gallery(str(tmp_path / "g"))
+    drawn = made.to_arrow()
+    faces = drawn.filter(pc.fill_null(pc.equal(drawn["face_index"], 0), False)).select(["face_id", "identity"])
+    by_person: dict[str, list[int]] = {}
+    for row in faces.to_pylist():
+        by_person.setdefault(row["identity"], []).append(row["face_id"])
+    many = [held for held in by_person.values() if len(held) >= 4]
+    once = [held[0] for held in by_person.values() if len(held) == 1]
+    decided = [
+        {"decision": "is", "face_id": face, "person": f"person {n}"} for n, held in enumerate(many) for face in held[:2]
+    ]
+    decided += [{"decision": "same_as", "face_id": held[2], "other_face_id": held[3]} for held in many]
+    decided += [
+        {"decision": "different_from", "face_id": first, "other_face_id": second}
+        for first, second in itertools.pairwise(once)
+    ]
+    assert len(cluster_ten_times(made, drawn, decided, {})) == len(many)
