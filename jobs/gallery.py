@@ -267,13 +267,17 @@ def export(
     where: Where = None,
     version: Annotated[Optional[int], typer.Option(help="Version of the table.", show_default="newest")] = None,  # noqa: UP045
     kind: Annotated[ExportFormat, typer.Option("--format", help="Format of the files.")] = ExportFormat.PARQUET,
+    with_ignored: Annotated[
+        bool, typer.Option("--with-ignored", help="Also faces that people ignore, or that are no faces.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write rows or faces for other programs.
 
     parquet is a plain folder of all rows, for programs that do not read Delta tables. list is a CSV file of faces. coco
     and fiftyone are annotations: boxes, points and labels. lance is a dataset of Lance. milvus, qdrant and pgvector are
-    files that these stores load themselves. Nobody who was erased is in any of them.
+    files that these stores load themselves. Nobody who was erased is in any of them. A name that people have confirmed
+    is the identity, and faces that they ignore are left out; --where compares with the labels of the source.
 
     For example:
 
@@ -282,20 +286,21 @@ def export(
         facepipe export gallery/ for-qdrant/ --format qdrant
     """
     with exit_on_error():
+        from facepipe.decisions.gallery import DecidedGallery
         from facepipe.errors import ConfigError
         from facepipe.exports.export import export_faces
-        from facepipe.gallery import Gallery
         from facepipe.gallery.export import export_parquet as export_rows
 
+        opened = DecidedGallery(gallery, version, drop_ignored=not with_ignored)
         if kind is not ExportFormat.PARQUET:
             if columns is not None:
                 raise ConfigError(f"--columns belongs to --format parquet: {kind.value} has columns of its own")
-            faces = export_faces(Gallery(gallery, version), out, kind.value, where)
+            faces = export_faces(opened, out, kind.value, where)
             print_result(
                 {"faces": faces, "out": out}, as_json=as_json, print_text=lambda: print(f"{faces} faces -> {out}")
             )
             return
         # Spaces after the commas are allowed.
         names = [name.strip() for name in columns.split(",")] if columns else None
-        rows = export_rows(Gallery(gallery, version), out, names, where)
+        rows = export_rows(opened, out, names, where)
         print_result({"rows": rows, "out": out}, as_json=as_json, print_text=lambda: print(f"{rows} rows -> {out}"))
