@@ -58,7 +58,7 @@ _REPORT_FILES: dict[str, tuple[str, ...]] = {
     "overlap": (*_DUPLICATES, "identities.parquet", "look_alikes.parquet"),
     "cluster": (
         *("faces.parquet", "clusters.parquet", "merges.parquet", "splits.parquet", "report.html"),
-        *("persons.parquet", "left_out.parquet"),
+        *("persons.parquet", "named.parquet", "left_out.parquet"),
         *("sums.npz", "state.npz", "mark.json"),
         "centres.parquet",  # of older versions
     ),

@@ -30,8 +30,11 @@ ANSWERS = pa.schema(
         ("identity", pa.string()),
         ("uri", pa.string()),
         ("decision", pa.string()),
+        ("person", pa.int64()),
     ]
 )
+OLD_NAMES = ANSWERS.names[:-1]
+"""Columns of the answers of older versions."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,7 @@ def _answer_part(
             "status": pa.array(queries.status[row_queries], pa.string()),
             **{name: column.take(pa.array(order)) for name, column in columns.items()},
             "decision": decision,
+            "person": pa.concat_arrays([index.get_persons(hits.ids), padding.cast(pa.int64())]).take(pa.array(order)),
         },
         schema=ANSWERS,
     )

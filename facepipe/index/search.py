@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from facepipe.decisions.named import NamedPersons
 from facepipe.decisions.persons import DecidedFaces, read_decided_faces
 from facepipe.deprecation import warn_renamed
 from facepipe.errors import ConfigError, IndexingError
@@ -124,6 +125,7 @@ class Index:
         self._watch = HiddenWatch(gallery)
         self._hidden: HiddenImages | None = None
         self._decided = DecidedFaces() if with_ignored else read_decided_faces(gallery)
+        self._named = NamedPersons() if with_ignored else NamedPersons.load(gallery)
         self._excluded = self._decided.ignored
         self._guard = threading.Lock()
         self._compared = self.manifest
@@ -312,7 +314,11 @@ class Index:
         return [answer for part in parts for answer in part]
 
     def get_labels(self, ids: Int64) -> pa.Table:
-        """Return uri and identity of face ids (n,), in their order; null for -1 and for faces that are erased."""
+        """Return uri and identity of face ids (n,), in their order; null for -1 and for faces that are erased.
+
+        The identity is the name that people have confirmed, else the source's label, else the name of the person in
+        whose cluster the face is.
+        """
         self.follow_erasures()
         # Stack the labels of all shards below a null row, then take them in the order of ids.
         tables = [pa.table({"uri": pa.nulls(1, pa.string()), "identity": pa.nulls(1, pa.string())})]
@@ -323,7 +329,7 @@ class Index:
             tables.append(shard.read_labels(rows))
             count += len(positions)
         labels = pa.concat_tables(tables).take(pa.array(table_rows))
-        named = self._decided.name_faces(ids, labels["identity"])
+        named = pc.coalesce(self._decided.name_faces(ids, labels["identity"]), self._named.find_names(ids))
         labels = labels.set_column(labels.schema.get_field_index("identity"), "identity", named)
         # The index may be behind the table, and then holds faces of earlier contents of an image under other ids.
         is_hidden = pa.array(np.isin(ids, self._excluded))
@@ -333,6 +339,12 @@ class Index:
             return labels
         columns = [pc.if_else(is_hidden, None, column.combine_chunks()) for column in labels.columns]
         return pa.table(columns, names=labels.column_names)
+
+    def get_persons(self, ids: Int64) -> pa.Array:
+        """Return the ids of the named persons whose faces these are, (n,); null for faces of nobody who has a name."""
+        self.follow_erasures()
+        persons = self._named.find_persons(ids)
+        return pc.if_else(pa.array(np.isin(ids, self._excluded)), pa.scalar(None, pa.int64()), persons)
 
     def to_pandas(self, hits: Hits) -> "pd.DataFrame":
         """Return a row per hit: query (number), rank (from 1), face_id, distance, uri and identity.

@@ -25,6 +25,7 @@ from facepipe.curation.clusters.tables import (
 )
 from facepipe.curation.report_folders import MARKER, inspect_folder
 from facepipe.decisions.gallery import DecidedGallery
+from facepipe.decisions.named import NAMED
 from facepipe.errors import FacepipeError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import ReadMark
@@ -189,7 +190,7 @@ def _copy_unchanged(report: str, folder: str) -> None:
     """Copy the files of the report that stay as they are. Files of somebody else are moved when the folder changes."""
     current = inspect_folder(report, NAME)
     for name in current.files if current is not None else ():
-        if name not in (FACES, CLUSTERS, PERSONS, LEFT_OUT, SUMS, MARK, STATE, MARKER, *PRIVATE_NAMES):
+        if name not in (FACES, CLUSTERS, PERSONS, NAMED, LEFT_OUT, SUMS, MARK, STATE, MARKER, *PRIVATE_NAMES):
             shutil.copy2(os.path.join(report, name), folder)
 
 
@@ -197,6 +198,7 @@ def _write_tables(update: ClusterUpdate, folder: str) -> None:
     write_rows(os.path.join(folder, FACES), FACE_SCHEMA, update.iterate_face_rows())
     write_table(os.path.join(folder, CLUSTERS), update.table)
     write_table(os.path.join(folder, PERSONS), update.persons)
+    write_table(os.path.join(folder, NAMED), update.build_named_rows())
     write_table(os.path.join(folder, LEFT_OUT), pa.table([update.left_out], schema=LEFT_OUT_SCHEMA))
 
 

@@ -51,6 +51,7 @@ from facepipe.curation.graph.clusters import Clusters
 from facepipe.curation.graph.describe import find_stricter_threshold
 from facepipe.curation.graph.fitness import find_unfit_nodes, read_min_quality
 from facepipe.decisions.gallery import DecidedGallery
+from facepipe.decisions.named import NAMED, build_named_rows
 from facepipe.decisions.persons import DecidedFaces
 from facepipe.errors import ConfigError, StorageError
 from facepipe.gallery import Gallery
@@ -211,6 +212,8 @@ def run(
         progress(f"{len(clusters)} clusters: writing")
         _write_tables(table, graph, review, report.path)
         write_table(os.path.join(report.path, PERSONS), persons)
+        numbers = review.numbers[review.labels]
+        write_table(os.path.join(report.path, NAMED), build_named_rows(graph.nodes.ids, numbers, persons))
         write_table(os.path.join(report.path, LEFT_OUT), pa.table([decided.ignored], schema=LEFT_OUT_SCHEMA))
         next_number = max(int(review.numbers.max()) + 1, earlier.next_number if earlier and keep_ids else 0)
         next_person = EarlierPersons(persons, earlier.persons.next_person if earlier else 0).find_next()

@@ -16,7 +16,7 @@ from facepipe.gallery import Gallery
 from facepipe.gallery.hidden import list_complete
 from facepipe.gallery.table import FOLDERS
 from facepipe.index import manifest as manifests
-from facepipe.index.answers import ANSWERS, SearchCounts, SearchOptions, answer_queries
+from facepipe.index.answers import ANSWERS, OLD_NAMES, SearchCounts, SearchOptions, answer_queries
 from facepipe.index.manifest import Manifest
 from facepipe.index.queries import QueryBlock, QuerySource, read_block
 from facepipe.index.search import Index
@@ -156,7 +156,7 @@ def _is_output(path: str) -> bool:
     """Tell whether a file or object holds answers of a search."""
     try:
         with open_seekable(path) as file:
-            return pq.read_schema(file).names == ANSWERS.names
+            return pq.read_schema(file).names in (ANSWERS.names, OLD_NAMES)
     except (OSError, StorageError, pa.ArrowException):
         return False
 

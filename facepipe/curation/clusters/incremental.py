@@ -35,6 +35,7 @@ from facepipe.curation.graph.clusters import Clusters
 from facepipe.curation.graph.cohort import Cohort
 from facepipe.curation.graph.fitness import COLUMNS, find_unfit_faces
 from facepipe.curation.space import find_space_scale
+from facepipe.decisions.named import build_named_rows
 from facepipe.decisions.persons import DecidedFaces
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import find_changes
@@ -117,6 +118,17 @@ class ClusterUpdate:
         """Iterate over the rows of faces.parquet: the old faces, then the new ones."""
         old = self.assignments.iterate_updated(self.changes.removed, self.clusters.size, self.medoids)
         return chain(old, self._iterate_new_rows())
+
+    def build_named_rows(self) -> pa.Table:
+        """Build the rows of named.parquet: the faces in clusters that have a name."""
+        named = self.persons.filter(self.persons["name"].is_valid())["cluster"].drop_null().to_numpy()
+        ids, clusters = self.assignments.read_members(np.sort(named), self.changes.removed)
+        is_named = np.isin(self.cluster, named)
+        return build_named_rows(
+            np.concatenate([ids, self.changes.ids[is_named]]),
+            np.concatenate([clusters, self.cluster[is_named]]),
+            self.persons,
+        )
 
     def _iterate_new_rows(self) -> Iterator[pa.Table]:
         """Build the rows of the new faces; how well they fit is not known."""

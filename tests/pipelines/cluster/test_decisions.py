@@ -24,9 +24,14 @@ from facepipe.decisions.table import hold_decisions
 from facepipe.errors import GalleryError
 from facepipe.gallery import Gallery
 from facepipe.gallery.commits.parts import compute_statistics, encode_parquet
+from facepipe.index.search import Index
 from facepipe.schema import conform
 from pipelines.cluster import ClusterConfig, ClusterSummary, run
 from pipelines.cluster.assign import run as assign
+from pipelines.index import IndexConfig
+from pipelines.index import run as build_index
+from pipelines.search import SearchConfig
+from pipelines.search import run as search
 
 EACH = 5
 PERSONS_DRAWN = 24
@@ -325,3 +330,37 @@ def test_persons_of_lfw_survive_ten_clusterings(shared: Path, tmp_path: Path) ->
         for first, second in itertools.pairwise(once)
     ]
     assert len(cluster_ten_times(made, drawn, decided, {})) == len(many)
+
+
+def test_faces_of_a_named_person_answer_with_its_name(gallery: Gallery, drawn: pa.Table, ids: list[list[int]]) -> None:
+    """One face is named; all faces of its cluster answer with the name, and so do those that come later."""
+    at = drawn.schema.get_field_index("identity")
+    unlabelled = drawn.set_column(at, drawn.schema.field(at), pa.nulls(drawn.num_rows, pa.string()))
+    opened = replace_rows(gallery, conform(unlabelled))
+    decide(opened, {"decision": "is", "face_id": ids[2][1], "person": "Ann"})
+    cluster(opened)
+    build_index(build(IndexConfig), opened.path)
+    (ann,) = [row for row in read(opened, PERSONS).to_pylist() if row["name"]]
+    found, vectors = opened.vectors()
+    index = Index(opened.path)
+    hits = index.search(vectors, 1)
+    names = dict(zip(found.tolist(), index.get_labels(hits.ids[:, 0])["identity"].to_pylist(), strict=True))
+    assert names == {face: "Ann" if face in ids[2] else None for face in found.tolist()}
+    persons = index.get_persons(np.array(ids[2] + ids[3])).to_pylist()
+    assert persons == [ann["person"]] * EACH + [None] * EACH
+    # A new face of hers, and one that is not hers by decision.
+    truth = np.array([2, 2])
+    more = rows(truth, Faces(seed=3).draw(truth, 77), 7000)
+    append(opened, [more.set_column(at, more.schema.field(at), pa.nulls(2, pa.string()))], "more")
+    later, other = more["face_id"].to_pylist()
+    decide(Gallery(opened.path), {"decision": "is_not", "face_id": other, "person": "Ann"})
+    assign(opened.path)
+    build_index(build(IndexConfig), opened.path)
+    assert Index(opened.path).get_labels(np.array([later, other]))["identity"].to_pylist() == ["Ann", None]
+    queries = Path(opened.path).parent / "queries.parquet"
+    pq.write_table(pa.table({"id": ["q"], "embedding": [vectors[found.tolist().index(ids[2][0])].tolist()]}), queries)
+    out = str(queries.with_name("out.parquet"))
+    search(build(SearchConfig, {"search": {"k": 1}}), opened.path, str(queries), out)
+    answers = pq.read_table(out)
+    assert answers["person"].to_pylist() == [ann["person"]]
+    assert answers["identity"].to_pylist() == ["Ann"]
