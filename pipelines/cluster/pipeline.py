@@ -181,7 +181,13 @@ def run(
     summary = ClusterSummary(algorithm=config.cluster.algorithm)
     phases = PhaseTimer(summary.seconds)
     with open_report_folder(table, NAME) as report:
-        earlier = _read_earlier(os.path.join(locate_reports(table), NAME))
+        try:
+            earlier = _read_earlier(os.path.join(locate_reports(table), NAME))
+        except StorageError as error:
+            if keep_ids or part_new:
+                raise
+            progress(f"{error}: persons get new ids")
+            earlier = None
         graph_folder = os.path.join(locate_reports(table), "graph")
         graph = open_graph([table], config.graph, config.run, graph_folder, progress, report.lease)
         phases.end("graph")
