@@ -24,7 +24,6 @@ EXTRAS = {
     "pynvml": ("gpu",),
     "openlineage": ("openlineage",),
     "lance": ("lance",),
-    "lmdb": ("lmdb",),
     "pytorch_metric_learning": ("pml",),
 }
 """The extras that bring a module, the likeliest first."""

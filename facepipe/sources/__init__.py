@@ -47,7 +47,7 @@ class SourceConfig:
 
     Attributes:
         uri: A folder, a glob, an s3:// prefix, a .parquet or .arrow file or a folder of them, a list file, a .tar,
-            .tar.gz, .zip, .rec or .bin.
+            .tar.gz, .zip, .rec, .mdb or .bin.
         kind: How to read it; auto decides from the uri.
         identity: Where labels come from: folder, filename (left of the last `_`), label (of the list), none, or auto:
             the label in a list, a table or beside the image, else the folder's name if images lie exactly one folder
@@ -174,7 +174,7 @@ def _detect_kind(uri: str) -> SourceKind:
             return "glob"
         raise SourceError(
             f"unsupported source {uri!r}: expected a folder, an image, a list ({', '.join(LIST_EXTENSIONS)}), "
-            "a .parquet, .tar, .tar.gz, .zip, .rec or .bin file"
+            "a .parquet, .tar, .tar.gz, .zip, .rec, .mdb or .bin file"
         )
     if any(character in uri for character in "*?["):
         return "glob"

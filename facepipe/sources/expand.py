@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable
 
+from facepipe.sources.containers.lmdb_file import LOCK_FILE, LmdbReader
 from facepipe.sources.containers.record_io import RecordReader
 from facepipe.sources.containers.verification_set import list_verification_images
 from facepipe.sources.containers.zip_archive import ZipReader
@@ -53,6 +54,7 @@ class Expander:
         self._identify = make_identity_rule(identity)
         self._tar_reader = TarReader(self._identify, label_column, self.selection, self.passed_over)
         self._zip_reader = ZipReader(self._identify, self.selection, self.passed_over)
+        self._lmdb_reader = LmdbReader(self._identify, self.selection, self.passed_over)
         self._takes_verification_sets = takes_verification_sets
         self._is_shared_label = identity != "filename"  # by all files of a folder
 
@@ -69,7 +71,8 @@ class Expander:
         """
         # Files that are neither image nor archive are counted and left out.
         extension = get_extension(relative)
-        if is_hidden(relative) or not self._takes(extension):
+        is_lock = extension == "mdb" and os.path.basename(relative) == LOCK_FILE
+        if is_hidden(relative) or is_lock or not self._takes(extension):
             is_archive = is_closed_archive(relative)
             self.passed_over.add(ARCHIVE if is_archive else OTHER, relative if is_archive else "")
             return ()
@@ -80,6 +83,8 @@ class Expander:
                 return self._tar_reader.list_items(os.fsdecode(path), relative)
             case "zip":
                 return self._zip_reader.list_items(os.fsdecode(path), relative)
+            case "mdb":
+                return self._lmdb_reader.list_items(os.fsdecode(path), relative)
             case "rec":
                 return RecordReader(self._identify).list_items(os.fsdecode(path))
             case "bin":

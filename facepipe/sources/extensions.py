@@ -9,13 +9,13 @@ IMAGE_EXTENSIONS = frozenset(
     | {"avif", "jp2", "j2k", "jpx", "pgm", "ppm", "pbm", "pnm", "heic", "heif", "hif", "jxl"}
 )
 
-ARCHIVE_EXTENSIONS = frozenset({"tar", "tar.gz", "tgz", "zip", "rec"})
+ARCHIVE_EXTENSIONS = frozenset({"tar", "tar.gz", "tgz", "zip", "rec", "mdb"})
 """Files that hold many images, and are listed wherever they lie."""
 
 VERIFICATION_EXTENSION = "bin"
 """Verification sets of insightface. They are listed only if they are named, and not beside a training set."""
 
-CONTAINER_PATTERN = r"tar|tar\.gz|tgz|zip|rec|bin|tsv|parquet|pq|arrow"
+CONTAINER_PATTERN = r"tar|tar\.gz|tgz|zip|mdb|rec|bin|tsv|parquet|pq|arrow"
 """Extensions of the files whose images have uris with `#`, as a part of a regular expression."""
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")

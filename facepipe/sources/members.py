@@ -13,6 +13,7 @@ import numpy as np
 from facepipe.hashing import hash64, hash64_each
 from facepipe.sorted_lookup import find_sorted
 from facepipe.sources.containers.base64_table import Base64Table
+from facepipe.sources.containers.lmdb_file import LmdbReader
 from facepipe.sources.containers.record_io import RecordReader
 from facepipe.sources.containers.verification_set import list_verification_images
 from facepipe.sources.containers.zip_archive import ZipReader
@@ -44,6 +45,8 @@ def list_container(path: str) -> Iterator[WorkItem]:
             return TarReader(_identify_nobody, selection=selection).list_items(path)
         case "zip":
             return ZipReader(_identify_nobody, selection=selection).list_items(path)
+        case "mdb":
+            return LmdbReader(_identify_nobody, selection=selection).list_items(path)
         case "rec":
             return RecordReader(_identify_nobody).list_items(path)
         case "bin":

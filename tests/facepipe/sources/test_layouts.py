@@ -90,6 +90,19 @@ def write_packed_tar(root: Path, ending: str, describe: Callable[[str], tuple[st
     return root / f"faces.{ending}"
 
 
+def write_lmdb(root: Path, *, labels: bool) -> Path:
+    """Keys as paths, or pairs of `image-N` and `label-N`; and what others keep beside them."""
+    lmdb = pytest.importorskip("lmdb")
+    (root / "set").mkdir()
+    with lmdb.open(str(root / "set"), map_size=1 << 24) as database, database.begin(write=True) as transaction:
+        transaction.put(b"__len__", b"12")
+        for n, (name, data, label) in enumerate(IMAGES):
+            transaction.put(f"image-{n:09}".encode() if labels else name.encode(), data)
+            if labels:
+                transaction.put(f"label-{n:09}".encode(), label.encode())
+    return root / "set"
+
+
 def write_zip(root: Path, method: int) -> Path:
     with zipfile.ZipFile(root / "faces.zip", "w", method) as archive:
         for name, data, _ in IMAGES:
@@ -223,6 +236,8 @@ LAYOUTS: dict[str, Callable[[Path], Path]] = {
     "tgz: .json": lambda root: write_packed_tar(
         root, "tgz", lambda label: ("json", json.dumps({"identity": label}).encode())
     ),
+    "LMDB: paths": lambda root: write_lmdb(root, labels=False),
+    "LMDB: labels": lambda root: write_lmdb(root, labels=True),
     "zip: stored": lambda root: write_zip(root, zipfile.ZIP_STORED),
     "zip: deflated": lambda root: write_zip(root, zipfile.ZIP_DEFLATED),
     ".rec with .idx": lambda root: write_records_folder(root, index=True) / "train.rec",
