@@ -98,12 +98,12 @@ def _describe_findings(judgement: LabelJudgement) -> tuple[str, ...]:
     outliers = counts[DECISIONS.index(OUTLIER)]
     findings = [
         f"About {wrong:,.0f} of {label_count:,} labels ({wrong / max(1, label_count):.1%}) are wrong.",
-        f"{counts[DECISIONS.index(KEEP)]:,} faces are kept. {relabels:,} fit another name of the gallery and "
-        f"{outliers:,} fit none; the clean lists leave both out.",
+        f"Kept: {counts[DECISIONS.index(KEEP)]:,} faces. Left out of the clean lists: {relabels:,} that fit another "
+        f"name of the gallery, and {outliers:,} that fit none.",
     ]
     reviews = counts[DECISIONS.index(REVIEW)]
     if reviews:
-        findings.append(f"{reviews:,} labels are doubtful: only a person can tell. Your answers settle them.")
+        findings.append(f"Doubtful labels: {reviews:,}. Only a person can tell, and your answers settle them.")
     return tuple(findings)
 
 
@@ -143,7 +143,7 @@ def _build_figures(judgement: LabelJudgement) -> tuple[Figure, ...]:
 
 
 def _describe_expected(probability: Float32) -> str:
-    return f"{float(probability.sum()):.1f} of them right, by the probabilities"
+    return f"about {float(probability.sum()):.1f} of them expected to be right"
 
 
 def _build_similarity_histogram(verdicts: LabelVerdicts) -> Histogram:

@@ -75,7 +75,7 @@ def build_duplicates_report(
     if shared is not None:
         expected = float(pc.sum(shared.persons["probability"]).as_py() or 0.0)
         count = shared.persons.num_rows
-        figures.append(Figure("persons in both", f"{count:,}", f"{expected:.1f} of them right, by the probabilities"))
+        figures.append(Figure("persons in both", f"{count:,}", f"about {expected:.1f} of them expected to be right"))
         figures.append(
             Figure("look-alikes", f"{shared.look_alikes.num_rows:,}", "pairs of identities, or one name only")
         )
