@@ -88,8 +88,10 @@ class ReviewPage:
             self._refresh()
             groups = self._read_groups(part)
             self._load_faces(_list_ids(groups))
-            hidden = self._find_hidden()
-            shown = [group for group in (self._show(group, hidden) for group in groups) if group["faces"]]
+            hidden = self._hidden.read()
+            hidden_uris = frozenset(hidden.uris.to_pylist())
+            hidden_ids = frozenset(np.asarray(hidden.faces).tolist())
+            shown = [_drop_pictures(group) for group in groups if self._is_whole(group, hidden_uris, hidden_ids)]
             assert self._head is not None
             server = {"acts": acts, "part": part, "parts": self.part_count, "per_part": GROUPS_PER_PART}
             return render_served_page(self._head, shown, len(self._offsets), server)
@@ -99,7 +101,7 @@ class ReviewPage:
         with self._lock:
             self._refresh()
             self._load_faces([face_id])
-            if face_id in self._find_hidden():
+            if face_id in np.asarray(self._hidden.read().faces):
                 return None
             row = self._faces.get(face_id)
             return None if row is None or not row["thumb"] else recode(row["thumb"])
@@ -128,19 +130,17 @@ class ReviewPage:
             raise StorageError(f"cannot read {self._path!r}: {describe_error(error)}") from error
         return groups
 
-    def _show(self, group: JsonGroup, hidden: frozenset[int]) -> JsonGroup:
-        """Take out pictures, which have addresses, and what is gone or hidden since the report was made."""
-        faces = []
+    def _is_whole(self, group: JsonGroup, hidden_uris: frozenset[str], hidden_ids: frozenset[int]) -> bool:
+        """Return whether no face of a group is gone or hidden since the report was made.
+
+        If one is, the whole group stays away: its title and its answers may name the person.
+        """
         for face in group["faces"]:
-            if "id" in face and (int(face["id"]) in hidden or int(face["id"]) not in self._faces):
-                continue
-            faces.append({name: value for name, value in face.items() if name != "jpeg"})
-        shown = {**group, "faces": faces}
-        if len(faces) < len(group["faces"]):
-            # What is left answers no question: it may be about the face that is gone.
-            for name in ("distances", "choices", "subject"):
-                shown.pop(name, None)
-        return shown
+            if face["uri"] in hidden_uris:
+                return False
+            if "id" in face and (int(face["id"]) in hidden_ids or int(face["id"]) not in self._faces):
+                return False
+        return True
 
     # ---- the gallery
 
@@ -169,11 +169,6 @@ class ReviewPage:
             return None
         return stat.st_ino, stat.st_mtime_ns
 
-    def _find_hidden(self) -> frozenset[int]:
-        """Find the ids of faces whose erasure is recorded."""
-        hidden = self._hidden.read()
-        return frozenset(np.asarray(hidden.faces).tolist()) if hidden else frozenset()
-
     def _load_faces(self, ids: list[int]) -> None:
         """Read rows and pictures of faces that are not in memory, in one pass over the gallery."""
         wanted = np.unique(np.array([face_id for face_id in ids if face_id not in self._faces], np.int64))
@@ -185,6 +180,12 @@ class ReviewPage:
                 self._faces[row["face_id"]] = row
         while len(self._faces) > max(_MAX_CACHED_FACES, len(ids)):
             self._faces.popitem(last=False)
+
+
+def _drop_pictures(group: JsonGroup) -> JsonGroup:
+    """Leave the pictures out: those of a served page have addresses."""
+    faces = [{name: value for name, value in face.items() if name != "jpeg"} for face in group["faces"]]
+    return {**group, "faces": faces}
 
 
 def _list_ids(groups: list[JsonGroup]) -> list[int]:
