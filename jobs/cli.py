@@ -32,6 +32,7 @@ from jobs.finish import finish
 from jobs.gallery import export, info, verify
 from jobs.identify import identify
 from jobs.index import index
+from jobs.migrate import migrate
 from jobs.nightly import nightly
 from jobs.options import LogFormat
 from jobs.review import review
@@ -126,6 +127,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "nightly": nightly,
     "clean-dataset": clean_dataset,
     "bulk-search": bulk_search,
+    "migrate": migrate,
     "erase": erase,
     "compact": compact,
     "info": info,

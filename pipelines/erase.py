@@ -27,6 +27,7 @@ from facepipe.erasure.selection import Selection, explain_unmatched, read_time
 from facepipe.erasure.trainings import find_left_faces, list_trainings
 from facepipe.errors import ErasureLimitError, FacepipeError, GalleryBusyError, StorageError
 from facepipe.gallery import Gallery, suppressed
+from facepipe.gallery.migration import list_surplus, locate_migration
 from facepipe.storage.lease import is_held
 from pipelines.cluster import assign as cluster_assign
 from pipelines.runtime.run_record import attach_summary, get_current_run, record_calls
@@ -165,6 +166,8 @@ def _erase(
         find_indexed_faces(gallery, erasure)
         progress(f"{selected.images} images, {len(selected.faces)} faces: no search returns them any more")
     summary.seconds["hide"] = round(time.monotonic() - began, 3)
+    # Another model's vectors of the images go first, so that the erasure is complete when this gallery's is.
+    erase_surplus(gallery, selected.uris.to_pylist() if erasure else ())
     _advance(gallery, summary, [erasure.id] if erasure and wait else [], progress)
     # Decisions may name somebody of whom the gallery has no image.
     if not selected.images and selection.list_conditions() == ["identities"]:
@@ -262,6 +265,7 @@ def _repeat(
             find_indexed_faces(gallery, erasures[-1])
     progress(f"{summary.images} images, {summary.faces} faces: no search returns them any more")
     summary.seconds["hide"] = round(time.monotonic() - began, 3)
+    erase_surplus(gallery, [uri for erasure in repeated for uri in erasure.selected.uris.to_pylist()])
     _advance(gallery, summary, [erasure.id for erasure in erasures] if wait else [], progress)
     for recorded in erasures:
         _note_completion(gallery, recorded, summary)
@@ -288,6 +292,26 @@ def _keep_out(gallery: str, erasure: RepeatedErasure) -> list[str]:
     ]
 
 
+def erase_surplus(gallery: str, also: Sequence[str] = ()) -> int:
+    """Erase from a migration of a gallery what the gallery has no more, or is erasing. It may come back.
+
+    Args:
+        gallery: folder or URL of the gallery.
+        also: uris of images that a migration which is running must not commit.
+
+    Returns:
+        The number of images that the migration had.
+    """
+    second = locate_migration(gallery)
+    if not Gallery.exists(second):
+        return 0
+    surplus = list_surplus(Gallery(gallery), Gallery(second))
+    uris = tuple(dict.fromkeys([*surplus, *also]))
+    if uris:
+        run(Selection(images=uris), second, may_return=True, limit=ErasureLimit(share=1.0))
+    return len(surplus)
+
+
 def list_unfinished(gallery: str) -> list[str]:
     """List the ids of erasures that are recorded and not complete."""
     return [erasure.id for erasure in pending.read_unfinished(gallery)]
@@ -307,6 +331,8 @@ def resume(gallery: str, *, wait: bool = False, progress: Progress = lambda line
     suppressed.migrate_lists(path)
     pending.delete_leftovers(path)
     unfinished = pending.read_unfinished(path)
+    if unfinished:
+        erase_surplus(path)
     for erasure in unfinished:
         progress(f"continuing the erasure {erasure.id}")
     _advance(path, summary, [erasure.id for erasure in unfinished] if wait else [], progress)

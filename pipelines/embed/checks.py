@@ -31,6 +31,11 @@ def check_settings(config: EmbedConfig) -> Contract:
     return config.contract
 
 
+def require_commercial_models(embedder: str) -> None:
+    """Require that an embedder may be used commercially. Raises ModelError otherwise."""
+    _require_commercial_use(find_card(embedder, "embedder"))
+
+
 def _require_commercial_use(card: Card) -> None:
     obstacle = find_commercial_obstacle(card.name, card.licence)
     if obstacle is not None:

@@ -3,7 +3,7 @@
 import json
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -105,7 +105,12 @@ class Committer:
 
         self.commit_actions(make_actions, metadata)
 
-    def commit_actions(self, make_actions: Callable[[], list[Action]], metadata: dict[str, Any]) -> None:
+    def commit_actions(
+        self,
+        make_actions: Callable[[], list[Action]],
+        metadata: dict[str, Any],
+        properties: Mapping[str, str] | None = None,
+    ) -> None:
         """Commit actions on the table; nothing if there are none.
 
         SIGTERM and Ctrl-C wait until it is done, so that the next run does not repeat what is finished.
@@ -113,6 +118,7 @@ class Committer:
         Args:
             make_actions: makes the actions for the table as it is now. It is called again if another commit is faster.
             metadata: the run's figures so far, for the log.
+            properties: properties of the table that the same commit sets.
         """
         with self.exclude_commits(), _delay_signals():
             # Each attempt plans against the newest version, because the last one may have been overtaken.
@@ -121,7 +127,7 @@ class Committer:
                 actions = make_actions()
                 if not actions:
                     return
-                if self._commit_next(actions, metadata):
+                if self._commit_next(actions, metadata, properties):
                     return
         raise GalleryBusyError(f"others keep writing to {self.gallery.path!r}: {_MAX_ATTEMPTS} commits were overtaken")
 
@@ -155,24 +161,29 @@ class Committer:
                     return
         raise GalleryBusyError(f"others keep writing to {self.gallery.path!r}: {_MAX_ATTEMPTS} commits were overtaken")
 
-    def _commit_next(self, actions: list[Action], metadata: dict[str, Any]) -> bool:
+    def _commit_next(
+        self, actions: list[Action], metadata: dict[str, Any], properties: Mapping[str, str] | None = None
+    ) -> bool:
         """Commit if the lease is still held; False if another commit was faster."""
         if self._lease:
             self._lease.renew()
             metadata = {**metadata, _LEASE_KEY: self._lease.id}
-        if not self._try_commit(actions, self._read_own_number() + 1, metadata):
+        if not self._try_commit(actions, self._read_own_number() + 1, metadata, properties):
             return False
         self.commits += 1
         if self._lease:
             self._lease.settle()
         return True
 
-    def _try_commit(self, actions: list[Action], number: int, metadata: dict[str, Any]) -> bool:
+    def _try_commit(
+        self, actions: list[Action], number: int, metadata: dict[str, Any], properties: Mapping[str, str] | None
+    ) -> bool:
         """Commit as the next version; False if another commit took it."""
         folder = self.gallery.faces_folder
         version = self._table.version() + 1
         # The transaction's number tells after a lost answer whether the commit is in the table.
-        entry = [*map(log.encode_action, actions), log.encode_transaction(self.run, number)]
+        changed = [log.make_property_action(self._table, properties)] if properties else []
+        entry = [*changed, *map(log.encode_action, actions), log.encode_transaction(self.run, number)]
         note = json.dumps({"run": self.run, "commit": number, **metadata})
         try:
             log.write_entry(folder, version, "WRITE", entry, **{_METADATA_KEY: note})

@@ -158,6 +158,11 @@ def set_property(folder: str, table: DeltaTable, name: str, value: str) -> None:
     write_entry(folder, table.version() + 1, "SET TBLPROPERTIES", [metadata])
 
 
+def make_property_action(table: DeltaTable, properties: Mapping[str, str]) -> JsonAction:
+    """Make the line of an entry that sets properties of a table, beside its other properties."""
+    return _change_metadata(table, configuration=properties)
+
+
 def _change_metadata(
     table: DeltaTable, *, schema: Schema | None = None, configuration: Mapping[str, str] | None = None
 ) -> JsonAction:
