@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -23,6 +23,7 @@ from facepipe.curation.graph.cells import (
     assign_blocks_here,
     should_compare_all,
 )
+from facepipe.curation.graph.cohort import Cohort, compute_block_density
 from facepipe.curation.graph.cost import estimate_all_pairs
 from facepipe.curation.graph.describe import cap_density
 from facepipe.curation.graph.edges import Edges, write_part
@@ -238,7 +239,9 @@ class _GraphBuilder:
             raise GalleryError(f"no face in {self._galleries[0].path!r}: there is nothing to compare")
         # 2. Estimate the density around each face (n,), and the threshold.
         options = self._get_calibration_options()
-        density, threshold = build.prepare_calibration(nodes, self._galleries, options, self._folder, self._on_progress)
+        density, threshold = build.prepare_calibration(
+            nodes, self._galleries, options, self._folder, self._on_progress, self._compute_density
+        )
         capped = cap_density(density, threshold.similarity, config.reach)
         rule = EdgeRule(threshold.similarity, config.most)
         # 3. Choose the cells within which faces are compared; a single cell compares all with all.
@@ -299,17 +302,30 @@ class _GraphBuilder:
             self._on_progress(f"edges: task {finished} of {len(tasks)}, {count} found")
         build.write_copies(self._folder, len(tasks))
 
-    def _assign_on_ray(self, cells: Cells, vectors: Float32) -> Iterable[tuple[int, Int32]]:
-        """Assign vectors to cells, on Ray if that is long: the comparisons grow with the square of the faces."""
-        if len(vectors) * len(cells) < _MIN_SHARED_COMPARISONS:
-            return assign_blocks_here(cells, vectors)
+    def _compute_density(self, cohort: Cohort, vectors: Float32) -> Float32:
+        """Compute densities (n,), on Ray if that is long."""
+        if not self._on_ray or len(vectors) * len(cohort.vectors) < _MIN_SHARED_COMPARISONS:
+            return cohort.compute_density(vectors)
+        density = np.empty(len(vectors), np.float32)
+        for begin, block in self._map_blocks(compute_block_density, vectors, cohort):
+            density[begin : begin + len(block)] = block
+        return density
+
+    def _map_blocks(self, function: Callable[..., Any], vectors: Float32, shared: Any) -> Iterable[tuple[int, Any]]:
+        """Run a function on blocks of vectors on Ray; yields where each block begins, and the result."""
         ray.start()
-        begins = range(0, len(vectors), ASSIGNED_ROWS)
 
         def read_block(begin: int) -> Float32:
             return np.array(vectors[begin : begin + ASSIGNED_ROWS])
 
-        return ray.run_tasks(assign_block, begins, self._run.cpus, prepare=read_block, shared=cells)
+        begins = range(0, len(vectors), ASSIGNED_ROWS)
+        return ray.run_tasks(function, begins, self._run.cpus, prepare=read_block, shared=shared)
+
+    def _assign_on_ray(self, cells: Cells, vectors: Float32) -> Iterable[tuple[int, Int32]]:
+        """Assign vectors to cells, on Ray if that is long: the comparisons grow with the square of the faces."""
+        if len(vectors) * len(cells) < _MIN_SHARED_COMPARISONS:
+            return assign_blocks_here(cells, vectors)
+        return self._map_blocks(assign_block, vectors, cells)
 
     def _join_on_ray(self, tasks: list[EdgeTask]) -> Iterator[tuple[EdgeTask, int]]:
         """Run tasks on Ray; yields each with its number of edges."""

@@ -2,12 +2,15 @@
 
     python tests/bench/scale.py
 
-Constants carry where they come from. Machine, where one is measured: 2 shared cores of an AMD EPYC (AVX-512), 24 GiB, no
+Graph, cluster, clean and dedup are those of curation_model.py. Constants carry where they come from. Machine, where one is measured: 2 shared cores of an AMD EPYC (AVX-512), 24 GiB, no
 GPU; "estimated" and "assumed" figures are marked. The check compares the model with measurements that no constant was
 read from, and with some that one was (they say so); more than 1.3 apart must be explained beside the point.
 """
 
 from dataclasses import dataclass
+
+from curation_model import estimate_peak, estimate_step
+from tables import lasting, shown, table
 
 from facepipe.index.plan import make_plan
 from facepipe.sources.blocks import BlockSize
@@ -36,8 +39,10 @@ SIMULATED_LISTING = 82.0  # tests/bench/simulation.py, 2026-11-27: CPU, the tabl
 
 # A core's throughput in single precision, exact search: docs/performance.md, "graph".
 FLOPS_2_CORES = 133e9
+CURATION = ("graph", "cluster", "clean", "dedup")
+LOADED = "the model's constants were measured beside other work, and this at rest"
 KMEANS_ROUNDS = 10  # faiss's default for inverted lists
-SHARD_SECONDS, GRAPH_SECONDS, MERGE_SECONDS, CLUSTER_GIB = 13.05, 170.7, 33.0, 3.58  # a million faces
+SHARD_SECONDS = 13.05  # a million faces
 LIST_NEW, LIST_KNOWN = 8.6e-6, 9.8e-6  # seconds an image: tests/bench/listing.py at 1M (2026-11-27)
 # Seconds of CPU a commit (measured by hand up to 19,200 files) and bytes of the driver (simulation), a file of the table.
 COMMIT_PER_FILE, DRIVER_PER_FILE = 11e-6, 12e3
@@ -90,31 +95,14 @@ def gpu_rate(machine: Machine) -> float:
     return UTILISATION * machine.tflops * 1e12 / FLOP
 
 
+def two_cores(where: str) -> float:
+    return 1.0 if where == "one" else 2.0
+
+
 def index_seconds(faces: float) -> tuple[float, float]:
     """(training, shards) on two cores."""
     plan = make_plan(int(faces), 16 * GIB, 0)
     return 2 * 128 * plan.train * plan.lists * KMEANS_ROUNDS / FLOPS_2_CORES, SHARD_SECONDS * faces / 1e6
-
-
-def shown(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if size >= 10 else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} PB"
-
-
-def lasting(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:,.0f} {unit}" if seconds >= 10 * length else f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-
-
-def table(title: str, head: list[str], rows: list[list[str]]) -> None:
-    print(f"\n{title}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
 
 
 def by_size(title: str, rows: dict[str, list[str]]) -> None:
@@ -159,9 +147,8 @@ def times_table() -> None:
             "driver's memory for it": [shown(n * DRIVER_PER_FILE) for n in files],
             "index: training": [lasting(index_seconds(f)[0]) for f in faces],
             "index: shards": [lasting(index_seconds(f)[1]) for f in faces],
-            "graph": [lasting(GRAPH_SECONDS * f / 1e6) for f in faces],
-            "merging clusters": [lasting(MERGE_SECONDS * f / 1e6) for f in faces],
-            "clustering's peak memory": [f"{CLUSTER_GIB * f / 1e6:,.0f} GiB" for f in faces],
+            **{step: [lasting(estimate_step(f, step, two_cores)) for f in faces] for step in CURATION},
+            "memory of clean, the largest of them": [f"{estimate_peak(f, 'clean') / GIB:,.0f} GiB" for f in faces],
             "a night of 0.1 % changes, models left aside": [
                 lasting(n * NIGHT_PER_IMAGE + n / 1000 * NIGHT_PER_CHANGE) for n in SIZES
             ],
@@ -227,11 +214,10 @@ def check() -> None:
         ("index, training for 1M, s", index_seconds(1e6)[0], 47.4, ""),
         ("index, training for 2M, s", index_seconds(2e6)[0], 44.2, "4,096 lists as for 1M"),
         ("index, shards of 2M, s", index_seconds(2e6)[1], 23.4, ""),
-        ("graph of 303,811, s", GRAPH_SECONDS * 0.303811, 48.5, ""),
-        ("graph of 103,811, s", GRAPH_SECONDS * 0.103811, 17.3, ""),
-        ("graph of 33,811, s", GRAPH_SECONDS * 0.033811, 5.5, ""),
-        ("merging 303,811, s", MERGE_SECONDS * 0.303811, 6.8, "n log n, taken as linear: 1.5 too much here"),
-        ("clustering 303,811, GiB", CLUSTER_GIB * 0.303811, 1.54, "0.4 GiB of libraries left out of the model"),
+        ("graph of 1,003,811, s", estimate_step(1_003_811, "graph", two_cores), 170.7, LOADED),
+        ("graph of 303,811, s", estimate_step(303_811, "graph", two_cores), 48.5, LOADED),
+        ("graph of 103,811, s", estimate_step(103_811, "graph", two_cores), 17.3, LOADED),
+        ("merging and review of 303,811, s", estimate_step(303_811, "cluster", two_cores), 11.4, LOADED),
         ("a night, 100k, 1,000 changes, s", 1e5 * NIGHT_PER_IMAGE + 1000 * NIGHT_PER_CHANGE, 9.43, "read from it"),
         (
             "listing 10M known images of a folder, s",

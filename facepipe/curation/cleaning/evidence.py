@@ -1,16 +1,17 @@
 """Measure how well each face fits the identities it may belong to: its own label's and its neighbours'."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
+from facepipe.curation.graph.grouped_sums import BLOCK_ROWS, add_pieces, iterate_pieces
 from facepipe.nearest.similarity import Pairs
 from facepipe.sorted_lookup import is_in_sorted
-from facepipe.types import Bool, Float32, Int64
+from facepipe.types import Bool, Float32, Int32, Int64
 
-_BLOCK = 1 << 13  # rows of vectors that are gathered at a time: they stay in the cache
+_BLOCK = BLOCK_ROWS
 _MIN_WAITING = 1 << 20  # keys that are sorted at a time
 _MIN_SHARE = np.float32(1e-3)  # a smaller share counts as none
 
@@ -47,6 +48,12 @@ class LabelCandidates:
         settled = no_identity.copy()
         settled[certain] = 0
         return np.where(self.is_certain, np.float32(1), probability).astype(np.float32), settled
+
+    @cached_property
+    def by_identity(self) -> Int32 | Int64:
+        """Positions (m,) of the pairs, sorted by identity."""
+        order = np.argsort(self.identity, kind="stable")
+        return order.astype(np.int32) if len(order) < np.iinfo(np.int32).max else order
 
 
 def find_candidates(labels: Int64, pairs: Iterable[Pairs]) -> LabelCandidates:
@@ -142,23 +149,19 @@ class IdentityCentres:
             candidates: m pairs of a face and an identity.
             share: share to which the face belongs to the identity, (m,).
         """
-        order = np.argsort(candidates.identity, kind="stable")
+        order = candidates.by_identity
         order = order[share[order] > _MIN_SHARE]
-        sums = np.zeros((candidates.identity_count, faces.vectors.shape[1]), np.float32)
+        vectors = np.asarray(faces.vectors)
+        sums = np.zeros((candidates.identity_count, vectors.shape[1]), np.float32)
         crowd = np.zeros(candidates.identity_count, np.float32)
         weight = np.zeros(candidates.identity_count, np.float32)
-        # Pieces of one identity each, of at most some thousand faces from its first one on: so its sums do not depend
-        # on the faces of others.
-        begins = _cut_pieces(candidates.identity[order])
-        for first, last in _group_pieces(begins, len(order)):
-            rows = order[begins[first] : begins[last] if last < len(begins) else None]
-            face = candidates.face[rows]
-            part = share[rows]
-            starts = begins[first:last] - begins[first]
-            identity = candidates.identity[rows[starts]]
-            np.add.at(sums, identity, np.add.reduceat(faces.vectors[face] * part[:, None], starts, axis=0))
-            np.add.at(crowd, identity, np.add.reduceat(faces.density[face] * part, starts))
-            np.add.at(weight, identity, np.add.reduceat(part, starts))
+        groups = candidates.identity[order]
+        for block, starts in iterate_pieces(groups, _BLOCK):
+            face = candidates.face[order[block]]
+            part = share[order[block]]
+            add_pieces(sums, groups[block], vectors[face] * part[:, None], starts)
+            add_pieces(crowd, groups[block], faces.density[face] * part, starts)
+            add_pieces(weight, groups[block], part, starts)
         return cls(sums, crowd, weight)
 
     def compute_fit(self, faces: FaceVectors, face: Int64, identity: Int64, share: Float32) -> tuple[Float32, Float32]:
@@ -178,13 +181,14 @@ class IdentityCentres:
         similarity = np.zeros(len(face), np.float32)
         rest = np.zeros(len(face), np.float32)
         share = np.where(share > _MIN_SHARE, share, np.float32(0))
+        vectors = np.asarray(faces.vectors)
         for at in range(0, len(face), _BLOCK):
             block = slice(at, at + _BLOCK)
             rows = face[block]
             centres = identity[block]
             # Take the face's own share out of the sums, and compare it with the mean of the rest.
             own = share[block]
-            product = np.einsum("nd,nd->n", faces.vectors[rows], self.sums[centres]) - own
+            product = np.einsum("nd,nd->n", vectors[rows], self.sums[centres]) - own
             weight = np.maximum(self.weight[centres] - own, 0)
             divisor = np.maximum(weight, _MIN_SHARE)
             crowd = (self.crowd[centres] - own * faces.density[rows]) / divisor
@@ -217,22 +221,3 @@ class IdentityCentres:
             product = np.einsum("nd,nd->n", faces.vectors[rows], sums)
             similarity[block] = product / divisor - (faces.density[rows] + crowd) / 2
             rest[block] = weight
-
-
-def _cut_pieces(identity: Int64) -> Int64:
-    """Cut sorted identities (m,) into pieces of one identity and at most `_BLOCK` rows; returns where each begins."""
-    starts = np.flatnonzero(np.diff(identity, prepend=-1))
-    lengths = np.diff(starts, append=len(identity))
-    counts = -(-lengths // _BLOCK)
-    number = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.asarray(np.repeat(starts, counts) + number * _BLOCK, np.int64)
-
-
-def _group_pieces(begins: Int64, count: int) -> Iterator[tuple[int, int]]:
-    """Group pieces of `count` rows in all into blocks of at most `_BLOCK` rows; yields (first piece, last + 1)."""
-    ends = np.append(begins[1:], count)
-    first = 0
-    while first < len(begins):
-        last = max(first + 1, int(np.searchsorted(ends, begins[first] + _BLOCK, side="right")))
-        yield first, last
-        first = last

@@ -22,7 +22,7 @@ STATE = "state.npz"
 _NEWCOMERS = 0.015  # share of the faces of new persons that may join a stranger's cluster
 _SAMPLE = 4096  # faces that are compared with all clusters
 _BLOCK = 512
-_BLOCK_CLUSTERS = 65536
+_BLOCK_CLUSTERS = 4096
 _MIN_CLUSTERS = 20  # fewer do not show what the most similar stranger is like
 RUNNERS_UP = 9
 """Next clusters behind the most similar one, from which it must stand out."""

@@ -8,7 +8,12 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from facepipe.curation.graph.calibration import CalibrationOptions, calibrate
+from facepipe.curation.graph.calibration import (
+    CalibrationOptions,
+    ComputeDensity,
+    calibrate,
+    compute_density_here,
+)
 from facepipe.curation.graph.cells import (
     AssignBlocks,
     CellLayout,
@@ -93,7 +98,12 @@ def prepare_nodes(galleries: Sequence[Gallery], folder: str, log: Log) -> Nodes:
 
 
 def prepare_calibration(
-    nodes: Nodes, galleries: Sequence[Gallery], options: CalibrationOptions, folder: str, log: Log
+    nodes: Nodes,
+    galleries: Sequence[Gallery],
+    options: CalibrationOptions,
+    folder: str,
+    log: Log,
+    compute_density: ComputeDensity = compute_density_here,
 ) -> tuple[Float32, Threshold]:
     """Compute densities (n,) and threshold from the fit faces of the galleries, or read them."""
     path = os.path.join(folder, _THRESHOLD)
@@ -104,7 +114,7 @@ def prepare_calibration(
     unfit = np.zeros(len(nodes), bool)
     for side, gallery in enumerate(galleries):
         unfit |= find_unfit_nodes(gallery, nodes, side=side)
-    calibration = calibrate(nodes.vectors, options, unfit)
+    calibration = calibrate(nodes.vectors, options, unfit, compute_density)
     if not (calibration.threshold.estimated or options.threshold):
         log("no clear threshold in the data: using the model's default")
     _save(os.path.join(folder, DENSITY), calibration.density)

@@ -77,7 +77,21 @@ class Calibration:
     threshold: Threshold
 
 
-def calibrate(vectors: Float32, options: CalibrationOptions, unfit: Bool | None = None) -> Calibration:
+ComputeDensity = Callable[[Cohort, Float32], Float32]
+"""Computes the densities (n,) of vectors (n, 128) against a cohort, anywhere."""
+
+
+def compute_density_here(cohort: Cohort, vectors: Float32) -> Float32:
+    """Compute densities in this process."""
+    return cohort.compute_density(vectors)
+
+
+def calibrate(
+    vectors: Float32,
+    options: CalibrationOptions,
+    unfit: Bool | None = None,
+    compute_density: ComputeDensity = compute_density_here,
+) -> Calibration:
     """Compute the densities and the threshold of n faces.
 
     The threshold is estimated from the data if they hold enough persons to show what strangers look like. Otherwise it
@@ -89,6 +103,7 @@ def calibrate(vectors: Float32, options: CalibrationOptions, unfit: Bool | None 
         options: what is known already.
         unfit: whether a face is too poor to show what persons and strangers look like, (n,). Poor faces are near to
             each other whoever they show: as a crowd of strangers they would raise the threshold of all others.
+        compute_density: computes the densities of all faces, in each of some rounds.
 
     Raises:
         ThresholdError: the model has no threshold of its own.
@@ -96,12 +111,12 @@ def calibrate(vectors: Float32, options: CalibrationOptions, unfit: Bool | None 
     everything = np.arange(len(vectors))
     fit = everything if unfit is None or unfit.all() else np.flatnonzero(~unfit)
     sample = fit[draw_sample(len(fit), options.seed)]
-    calibration = _estimate(vectors, fit, sample, options)
+    calibration = _estimate(vectors, fit, sample, options, compute_density)
     if calibration is None and len(fit) < len(vectors) and not (options.threshold or options.model_threshold):
         # The fit faces are too few. All faces are a poorer guide, but the only one.
         fit = everything
         sample = draw_sample(len(vectors), options.seed)
-        calibration = _estimate(vectors, fit, sample, options)
+        calibration = _estimate(vectors, fit, sample, options, compute_density)
     if calibration is not None:
         return calibration
     # Otherwise use a given distance, with densities of zero.
@@ -138,7 +153,9 @@ def draw_part(vectors: Float32, seed: int, fit: Int64 | None = None) -> Float32:
     return np.ascontiguousarray(vectors[positions[chosen]])
 
 
-def _estimate(vectors: Float32, fit: Int64, sample: Int64, options: CalibrationOptions) -> Calibration | None:
+def _estimate(
+    vectors: Float32, fit: Int64, sample: Int64, options: CalibrationOptions, compute_density: ComputeDensity
+) -> Calibration | None:
     """Estimate densities and threshold by fit faces; None if they do not show what strangers look like."""
     if len(fit) < _MIN_FACES:
         return None
@@ -152,7 +169,7 @@ def _estimate(vectors: Float32, fit: Int64, sample: Int64, options: CalibrationO
         guesses.append(lambda: _CohortPersons(whole, cut_at(whole, density, known.similarity)))
     guesses += [partial(_cut_part, part, count) for count in _TREE_PERSONS]
     for guess in guesses:
-        calibration = _refine(vectors, sample, whole, guess(), options)
+        calibration = _refine(vectors, sample, whole, guess(), options, compute_density)
         if calibration:
             return calibration
     return None
@@ -163,7 +180,12 @@ def _cut_part(part: Float32, count: int) -> "_CohortPersons":
 
 
 def _refine(
-    vectors: Float32, sample: Int64, whole: Float32, guess: "_CohortPersons", options: CalibrationOptions
+    vectors: Float32,
+    sample: Int64,
+    whole: Float32,
+    guess: "_CohortPersons",
+    options: CalibrationOptions,
+    compute_density: ComputeDensity,
 ) -> Calibration | None:
     """Estimate densities and threshold from a first guess at the persons of a cohort.
 
@@ -177,7 +199,7 @@ def _refine(
         if not thinned.is_enough(is_alone=options.model_threshold is None):
             return None
         before = calibration
-        calibration = _measure(vectors, sample, thinned, options)
+        calibration = _measure(vectors, sample, thinned, options, compute_density)
         if calibration is None or options.threshold:
             return calibration
         if before and abs(calibration.threshold.similarity - before.threshold.similarity) < _SETTLED:
@@ -188,11 +210,15 @@ def _refine(
 
 
 def _measure(
-    vectors: Float32, sample: Int64, persons: "_CohortPersons", options: CalibrationOptions
+    vectors: Float32,
+    sample: Int64,
+    persons: "_CohortPersons",
+    options: CalibrationOptions,
+    compute_density: ComputeDensity,
 ) -> Calibration | None:
     """Measure densities and threshold against the strangers of a thinned cohort."""
     cohort = Cohort(persons.vectors)
-    density = cohort.compute_density(vectors)
+    density = compute_density(cohort, vectors)
     neighbours = count_similarities(vectors, density, sample)
     curve = _estimate_curve(persons, cohort, neighbours, len(vectors))
     mean_density = float(density.mean())

@@ -20,9 +20,13 @@ _FACES_PER_CELL = 244  # costs least for a given recall (docs/performance.md)
 _SAMPLED_PER_CELL = 64  # faces that k-means looks at
 # Rounds of k-means, and rows that are assigned at a time.
 _ROUNDS = 8
-# Cells from which k-means has two levels on CPUs, which takes two fifths of the time. As many edges share a cell: of
-# 100,000 faces in 256 cells, 0.9857 of them with 6 cells per face, and 0.9879 with plain k-means.
-_MIN_TWO_LEVEL = 8192
+# Cells from which k-means has two levels on CPUs: then its cost grows with the power 1.5 of the faces, and not with 2.
+# A face must be in about one more cell for it: 0.9879 of the edges of 100,000 faces share one of 6 cells with plain
+# k-means, and 0.9882 one of 7 with two levels. From here on that costs less.
+_MIN_TWO_LEVEL = 16_384
+# Faces that k-means looks at, at most, as 2 GiB of vectors; there are eight per cell in any case.
+_MAX_SAMPLED = 1 << 22
+_MIN_SAMPLED_PER_CELL = 8
 _BLOCK_ROWS = 16384
 ASSIGNED_ROWS = 65536  # of a task of assignment
 
@@ -121,7 +125,8 @@ def train_cells(vectors: Float32, seed: int, log: Callable[[str], None] = lambda
     # A power of two, which makes cells of the intended size to twice as large.
     number = 2 ** int(np.log2(count / _FACES_PER_CELL))
     rng = np.random.default_rng(seed)
-    chosen = np.sort(rng.choice(count, min(count, _SAMPLED_PER_CELL * number), replace=False))
+    sampled = min(_SAMPLED_PER_CELL * number, max(_MAX_SAMPLED, _MIN_SAMPLED_PER_CELL * number))
+    chosen = np.sort(rng.choice(count, min(count, sampled), replace=False))
     sample = np.empty((len(chosen), dimension), np.float32)
     for at in range(0, len(chosen), _BLOCK_ROWS):
         sample[at : at + _BLOCK_ROWS] = _normalise(vectors[chosen[at : at + _BLOCK_ROWS]])
@@ -130,7 +135,7 @@ def train_cells(vectors: Float32, seed: int, log: Callable[[str], None] = lambda
 
     def train(index: Any) -> Float32:
         if index is None and number >= _MIN_TWO_LEVEL:
-            return train_centroids(sample, number, seed=1)
+            return train_centroids(sample, number, seed=1, final_iterations=0)
         kmeans.index = cpu_index if index is None else index
         kmeans.train(sample)
         return np.asarray(kmeans.centroids, np.float32)

@@ -23,6 +23,11 @@ _MIN_FARTHEST_RANK = 100
 _BLOCK_ROWS = 8192
 
 
+def compute_block_density(vectors: Float32, cohort: "Cohort") -> Float32:
+    """Compute the density of a block of vectors (m, 128), as a task on another machine does."""
+    return cohort.compute_density(vectors)
+
+
 @dataclass(frozen=True)
 class Cohort:
     """A sample of faces.

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from facepipe.curation.graph.clusters import Clusters
+from facepipe.curation.graph.grouped_sums import add_pieces, iterate_pieces
 from facepipe.types import Bool, Float32, Float64, Int64
 
 _MAX_COHORT = 4096  # groups that others are compared with
@@ -19,7 +20,6 @@ _MAX_SPLITS = 20_000  # groups whose parts show how alike the faces of one perso
 _MAX_PART = 32  # faces of a group that are used for it
 _REPEATS = 3
 _BLOCK = 512
-_CHUNK = 1 << 17
 # Strangers by their number of standard deviations above the mean, in bins.
 _STEP = 0.1
 _REACH = 40.0
@@ -270,19 +270,27 @@ class OnePersonModel:
         return np.asarray(np.where(deviation > 0, tail, normal), np.float64)
 
 
-def sum_groups(vectors: Float32, density: Float32, labels: Int64, count: int) -> Clusters:
-    """Sum the faces of each of `count` groups. A label of -1 (n,) does not count; an empty group has size 0."""
+def sum_groups(vectors: Float32, density: Float32, labels: Int64, count: int, rows: Int64 | None = None) -> Clusters:
+    """Sum the faces of each of `count` groups. A label of -1 does not count; an empty group has size 0.
+
+    Args:
+        vectors: unit vectors, (n, 128).
+        density: densities, (n,).
+        labels: group of each face, (n,), or of each of the rows, (m,).
+        count: number of groups.
+        rows: faces that are summed, (m,); by default all.
+    """
     used = np.flatnonzero(labels >= 0)
-    # Sort by group, so that each group is one run of rows in a block.
+    # Sort by group, so that each group is one run of rows.
     order = used[np.argsort(labels[used], kind="stable")]
-    sums = np.zeros((count, vectors.shape[1]), np.float32)
+    groups = labels[order]
+    faces = order if rows is None else rows[order]
+    flat = np.asarray(vectors)
+    sums = np.zeros((count, flat.shape[1]), np.float32)
     crowd = np.zeros(count, np.float32)
-    for at in range(0, len(order), _CHUNK):
-        block = order[at : at + _CHUNK]
-        group = labels[block]
-        starts = np.flatnonzero(np.diff(group, prepend=-1))
-        sums[group[starts]] += np.add.reduceat(vectors[block], starts, axis=0)
-        crowd[group[starts]] += np.add.reduceat(density[block], starts)
+    for block, starts in iterate_pieces(groups):
+        add_pieces(sums, groups[block], flat[faces[block]], starts)
+        add_pieces(crowd, groups[block], density[faces[block]], starts)
     return Clusters(sums, crowd, np.bincount(labels[used], minlength=count))
 
 
@@ -358,7 +366,7 @@ def _compare_parts(
         is_right = (rank >= cut[group]) & (rank < np.minimum(cut + right, total)[group])
         part = np.where(is_right, 1, part)
         label = np.where(part >= 0, 2 * group + part, -1)
-        parts = sum_groups(vectors[order], density[order], label, 2 * count)
+        parts = sum_groups(vectors, density, label, 2 * count, order)
         whole = np.flatnonzero((parts.size[0::2] > 0) & (parts.size[1::2] > 0))
         similarity.append(parts.compute_linkage(2 * whole, 2 * whole + 1).astype(np.float64))
         inverse.append(1 / parts.size[2 * whole] + 1 / parts.size[2 * whole + 1])
