@@ -266,20 +266,21 @@ class _Edges:
         u = small[self.u]
         v = small[self.v]
         is_changed = has_grown[u] | has_grown[v]
-        unchanged = self.take(~is_changed)
         different = is_changed & (u != v)
         keys = np.minimum(u, v)[different].astype(np.int64) * len(roots) + np.maximum(u, v)[different]
+        del u, v  # a column at a time is copied below, because there may be ten edges per face
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
         begins = np.flatnonzero(np.diff(keys, prepend=-1) > 0)
         weight = self.weight[different][order]
         bound = np.maximum.reduceat(weight, begins) if len(begins) else weight
         keys = keys[begins]
+        unchanged = ~is_changed
         return _Edges(
-            np.concatenate([unchanged.u, (keys // len(roots)).astype(np.int32)]),
-            np.concatenate([unchanged.v, (keys % len(roots)).astype(np.int32)]),
-            np.concatenate([unchanged.weight, bound]),
-            np.concatenate([unchanged.is_exact, np.zeros(len(keys), bool)]),
+            np.concatenate([self.u[unchanged], (keys // len(roots)).astype(np.int32)]),
+            np.concatenate([self.v[unchanged], (keys % len(roots)).astype(np.int32)]),
+            np.concatenate([self.weight[unchanged], bound]),
+            np.concatenate([self.is_exact[unchanged], np.zeros(len(keys), bool)]),
         )
 
 
