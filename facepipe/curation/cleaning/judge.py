@@ -28,6 +28,7 @@ from facepipe.curation.duplicates.images import gather_faces, rank_images
 from facepipe.curation.duplicates.stars import find_face_pairs
 from facepipe.curation.graph import Graph
 from facepipe.curation.graph.components import find_components
+from facepipe.curation.space import COPY_LIMITS, find_space_scale
 from facepipe.decisions.persons import DecidedFaces
 from facepipe.gallery import Gallery
 from facepipe.nearest.similarity import Pairs
@@ -127,7 +128,9 @@ def judge_labels(
     # Decide, and overrule the decision to keep for unfit faces.
     verdicts = decide_labels(candidates, posteriors, photo, prior).take(voter)
     parts = IdentityParts(parts.part[voter], parts.size[voter])
-    verdicts = _question_conflicts(verdicts, copied, labels, max_distance=duplicates.close_near)
+    # A user may look for copies farther apart; that two faces are certainly one is a matter of their space.
+    certain = COPY_LIMITS["close_near"] * find_space_scale(gallery)
+    verdicts = _question_conflicts(verdicts, copied, labels, max_distance=certain)
     verdicts = confirm_labels(verdicts, decisions.is_confirmed)
     verdicts = _reject_low_quality(verdicts, graph, gallery, rules)
     if rules.duplicates:
