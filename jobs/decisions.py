@@ -110,6 +110,8 @@ def _print_added(gallery: str, summary: "AddSummary", values: dict[str, Any]) ->
     rows += [(words[name], values[name]) for name in words if values.get(name)]
     state = "dry run, nothing is written" if summary.dry_run else "applied" if summary.is_applied else "nothing applied"
     print_table(f"apply {gallery}: {state}", ("", "count"), rows)
+    if summary.is_applied and summary.added:
+        print(f"next: run the report again, such as `facepipe clean {gallery}`: it respects the decisions")
 
 
 def _end(summary: "AddSummary") -> None:

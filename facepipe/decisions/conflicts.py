@@ -60,7 +60,6 @@ class _Graph:
 
     def __init__(self, rows: pa.Table):
         self.rows = rows
-        self.kinds = np.array(rows["decision"].to_pylist(), dtype=object)
         keys = FaceKeys.from_rows(rows)
         others = FaceKeys.from_rows(rows, "other_")
         self.face_ids = np.unique(np.concatenate([keys.face_id, others.face_id]))
@@ -84,7 +83,8 @@ class _Graph:
         self._neighbours: dict[int, list[tuple[int, int]]] | None = None
 
     def _find(self, *kinds: str) -> Int64:
-        return np.flatnonzero(np.isin(self.kinds.astype(str), kinds))
+        is_kind = pc.is_in(self.rows["decision"], value_set=pa.array(kinds, pa.string()))
+        return np.flatnonzero(is_kind.to_numpy(zero_copy_only=False))
 
     def iterate_conflicts(self) -> Iterator[Conflict]:
         yield from self._iterate_two_persons()
@@ -117,16 +117,20 @@ class _Graph:
 
     def _iterate_opposites(self, kind: str, others: tuple[str, ...]) -> Iterator[Conflict]:
         """Find two decisions about one face that exclude each other."""
+        rows = self._find(kind)
+        if not len(rows):
+            return
+        pairs = set(self._find(SAME_AS).tolist())
         by_face: dict[int, int] = {}
         for row in self._find(*others).tolist():
             by_face.setdefault(int(self.first[row]), row)
-            if self.kinds[row] == SAME_AS:
+            if row in pairs:
                 by_face.setdefault(int(self.other[row]), row)
-        for row in self._find(kind).tolist():
+        for row in rows.tolist():
             opposite = by_face.get(int(self.first[row]))
             if opposite is not None:
                 name = self._name(self.first[row])
-                yield Conflict((row, opposite), f"face {name}: {kind}, and {self.kinds[opposite]}")
+                yield Conflict((row, opposite), f"face {name}: {kind}, and {self.rows['decision'][opposite].as_py()}")
 
     def _name(self, node: int) -> str:
         if node < len(self.face_ids):

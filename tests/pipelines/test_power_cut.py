@@ -13,6 +13,8 @@ from helpers import embed, rows
 from powercut import CUTS, Ext4, SyncedState, mount_ext4
 
 from facepipe.config import build
+from facepipe.decisions import add_decisions
+from facepipe.decisions.table import verify_table as verify_decisions
 from facepipe.erasure import pending
 from facepipe.erasure.proof import check_erased
 from facepipe.erasure.receipt import load_receipt
@@ -54,10 +56,13 @@ def sources(drawings: Path, tmp_path_factory: pytest.TempPathFactory) -> Sources
 
 @pytest.fixture(scope="module")
 def made(sources: Sources, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A gallery of the first folder, with its index."""
+    """A gallery of the first folder, with its index, and with a decision on a face of each person."""
     gallery = tmp_path_factory.mktemp("made") / "g"
     embed(sources[0], gallery, FAKES)
     index.run(IndexConfig(), str(gallery))
+    faces = {Path(row["uri"]).parent.name: row["face_id"] for row in rows(gallery) if row["face_id"] is not None}
+    decided = [{"decision": "is", "face_id": str(face), "person": person} for person, face in faces.items()]
+    assert add_decisions(str(gallery), decided).added == {"is": 2}
     return gallery
 
 
@@ -117,6 +122,7 @@ def check_cut(gallery: Path, promise: Promise) -> None:
         return
     table = Gallery(str(gallery))
     assert verify_gallery(table).problems == []
+    assert verify_decisions(str(gallery))[1] == []
     uris = read_uris(gallery)
     assert promise.uris <= uris
     is_pending = bool(pending.read_unfinished(str(gallery)))

@@ -414,3 +414,35 @@ def test_random_boxes_overlap_with_themselves_only() -> None:
     np.testing.assert_allclose(overlaps, 1, rtol=1e-5)
     assert compute_overlaps(boxes, boxes + 1000).max() == 0
     assert compute_overlaps(boxes[:1], np.full((1, 4), np.nan, np.float32))[0] == 0
+
+
+def test_ids_that_were_rounded_by_javascript_are_unknown_and_not_guessed(gallery: Gallery) -> None:
+    face = next(face for face in list_ids(gallery) if face > 1 << 53 and int(float(face)) != face)
+    rounded = int(float(face))
+    summary = add_decisions(gallery, [{"decision": "keep", "face_id": rounded}])
+    assert not summary.is_applied
+    assert f"has no face {rounded}" in str(summary.problems[0])
+
+
+def test_a_face_that_has_left_the_gallery_keeps_its_decision_and_the_file_stays_applicable(
+    gallery: Gallery, tmp_path: Path
+) -> None:
+    face = list_faces(gallery)[0]
+    rows = [is_person(face["face_id"], "Ann")]
+    add_decisions(gallery, rows)
+    # A gallery of other photos, with the same decisions.
+    (tmp_path / "source").mkdir()
+    source = Path(gallery.path).parent / "source"
+    for photo in sorted(source.iterdir())[5:9]:
+        shutil.copy(photo, tmp_path / "source")
+    embed(tmp_path / "source", tmp_path / "other", FAKES)
+    shutil.copytree(Path(gallery.path) / "decisions", tmp_path / "other" / "decisions")
+    decisions = read_decisions(str(tmp_path / "other"))
+    assert (len(decisions), len(decisions.confirmed.face_id)) == (1, 0)
+    assert add_decisions(str(tmp_path / "other"), rows).known == 1
+    # The photo comes in, and the decision holds again.
+    shutil.copy(source / Path(face["uri"]).name, tmp_path / "source")
+    embed(tmp_path / "source", tmp_path / "other", FAKES)
+    confirmed = read_decisions(str(tmp_path / "other")).confirmed
+    assert confirmed.person.to_pylist() == ["Ann"]
+    assert confirmed.face_id.tolist() != [face["face_id"]]
