@@ -171,7 +171,8 @@ def _erase(
     _advance(gallery, summary, [erasure.id] if erasure and wait else [], progress)
     # Decisions may name somebody of whom the gallery has no image.
     if not selected.images and selection.list_conditions() == ["identities"]:
-        summary.decisions = scrub_names(table, selection.identities)
+        # Files of the version that was read above may be deleted by now.
+        summary.decisions = scrub_names(Gallery(gallery), selection.identities)
         if summary.decisions:
             summary.unmatched = []
     if is_repeated and not selected.images:
