@@ -34,6 +34,11 @@ class Pair(NamedTuple):
     fold: int
 
 
+def holds_images(path: str) -> bool:
+    """Tell from its name whether a file of pairs holds their images too: a `.bin` of insightface, of aligned crops."""
+    return get_extension(path) == VERIFICATION_EXTENSION
+
+
 def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
     """Read the pairs of a file, or of CFP's folder `Protocol/Split/FP` or `FF`.
 
@@ -42,7 +47,7 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
     Raises:
         EvaluationError: if the file or a line of it cannot be read.
     """
-    if get_extension(os.fspath(path)) == VERIFICATION_EXTENSION:
+    if holds_images(os.fspath(path)):
         return _read_verification_pairs(os.fspath(path))
     if os.path.isdir(path):
         return _read_cfp(os.fspath(path))

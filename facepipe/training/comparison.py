@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from facepipe.errors import ConfigError
+from facepipe.evaluation.pairs_file import holds_images
 from facepipe.training.data.config import DataConfig
 
 Verdict = Literal["better", "WORSE", "the same"]
@@ -20,7 +21,7 @@ class VerificationSetConfig:
 
     Attributes:
         name: name in the summary and the report; default: the name of the file or the gallery.
-        pairs: file of pairs, as in `[validate]`; needs `source` or `gallery`.
+        pairs: file of pairs, as in `[validate]`; needs `source` or `gallery`, unless it is a .bin.
         source: images of the pairs file: anything that `facepipe embed` reads.
         gallery: gallery that holds the images of the pairs file; without a file, pairs are drawn from its labels as
             `facepipe evaluate pairs --draw` does.
@@ -51,6 +52,11 @@ class VerificationSetConfig:
         """The name to show."""
         return self.name or os.path.basename((self.pairs or self.gallery).rstrip("/"))
 
+    @property
+    def _is_complete(self) -> bool:
+        """Whether the pairs file holds the images, and no others are named."""
+        return holds_images(self.pairs) and not self.source and not self.gallery
+
     def check(self) -> "VerificationSetConfig":
         """Return the config if it names pairs and their images.
 
@@ -61,7 +67,7 @@ class VerificationSetConfig:
             raise ConfigError(f"test.source={self.source!r} needs a pairs file: set test.pairs")
         if not self.pairs and not self.gallery:
             raise ConfigError("[test] names no data: set test.gallery, or test.pairs and test.source")
-        if self.pairs and bool(self.source) == bool(self.gallery):
+        if self.pairs and not self._is_complete and bool(self.source) == bool(self.gallery):
             raise ConfigError("test.pairs needs the images it names: set either test.source or test.gallery")
         if self.aligned and self.gallery:
             raise ConfigError("test.aligned needs a source of face crops: remove it, a gallery has boxes already")
@@ -72,10 +78,10 @@ class VerificationSetConfig:
         """Where the images are."""
         return DataConfig(
             gallery=self.gallery,
-            source=self.source,
+            source=self.pairs if self._is_complete else self.source,
             identity="auto",
             root=self.root,
-            aligned=self.aligned,
+            aligned=self.aligned or self._is_complete,
             detector=self.detector,
         ).check()
 

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from facepipe.errors import ConfigError, EvaluationError
 from facepipe.evaluation.pairs import score_pairs
-from facepipe.evaluation.pairs_file import Pair, read_pairs
+from facepipe.evaluation.pairs_file import Pair, holds_images, read_pairs
 from facepipe.evaluation.roc import find_balanced_threshold
 from facepipe.sources.labels import normalise_name
 from facepipe.training.data.chip_set import ChipSet
@@ -37,7 +37,8 @@ class ValidateConfig:
     Pairs come from a file, or without one from the part of the data that is held out (split).
 
     Attributes:
-        pairs: file of pairs: LFW's pairs.txt, or a CSV with file_x, file_y, same; needs `source` or `gallery`.
+        pairs: file of pairs: LFW's pairs.txt, or a CSV with file_x, file_y, same; needs `source` or `gallery`. A
+            .bin of insightface holds its images, aligned crops.
         source: images of the pairs: anything that `facepipe embed` reads.
         gallery: gallery that holds the images of the pairs.
         root: as in `[data]`, for `source`.
@@ -71,14 +72,16 @@ class ValidateConfig:
         """
         if not self.pairs:
             raise ConfigError("validate.pairs names no file: without one, pairs are drawn from the held-out part")
-        if bool(self.source) == bool(self.gallery):
+        is_set = holds_images(self.pairs) and not self.source and not self.gallery
+        source = self.pairs if is_set else self.source
+        if bool(source) == bool(self.gallery):
             raise ConfigError("validate.pairs needs the images it names: set validate.source or validate.gallery")
         data = DataConfig(
             gallery=self.gallery,
-            source=self.source,
+            source=source,
             identity="auto",
             root=self.root,
-            aligned=self.aligned,
+            aligned=self.aligned or is_set,
             detector=self.detector,
         )
         return data.check()

@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from archives import write_records, write_verification_set
 from torch import Tensor, nn
 
 from facepipe.errors import ConfigError, ModelError, SourceError, TrainingError, WeightsError
@@ -238,6 +239,29 @@ def config(persons: Path, output: Path, **layers: Any) -> Any:
         "run": {"output": str(output), "runner": "inline", "threads": 1, "log_every": 1, "checkpoint_steps": 1},
     }
     return read_config(tree, layers)
+
+
+def test_records_train_and_verification_sets_score(persons: Path, tmp_path: Path) -> None:
+    """As insightface's folders are: train.rec, and several .bin beside it, without another setting."""
+    crops = [(path.read_bytes(), int(path.parent.name[-1])) for path in sorted(persons.rglob("*.png"))]
+    write_records(tmp_path / "train.rec", crops)
+    for name in ("lfw", "agedb_30", "cfp_fp"):
+        pairs = [(crops[n][0], crops[n + 1 + 4 * (n % 2)][0]) for n in range(16)]
+        images = [image for pair in pairs for image in pair]
+        write_verification_set(tmp_path / f"{name}.bin", images, [n % 2 == 0 for n in range(16)])
+    tests = [{"pairs": str(tmp_path / "agedb_30.bin")}, {"pairs": str(tmp_path / "cfp_fp.bin")}]
+    summary = run(
+        config(
+            tmp_path / "train.rec",
+            tmp_path / "out",
+            split={"held": 0},
+            validate={"pairs": str(tmp_path / "lfw.bin")},
+            test=tests,
+        )
+    )
+    assert (summary.end, summary.step) == ("done", 4)
+    assert summary.data["images"] == 24
+    assert [compared.name for compared in summary.comparisons][-2:] == ["test agedb_30.bin", "test cfp_fp.bin"]
 
 
 def test_from_images_to_a_model_that_embeds(persons: Path, tmp_path: Path) -> None:
