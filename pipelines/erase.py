@@ -27,7 +27,7 @@ from facepipe.erasure.selection import Selection, explain_unmatched, read_time
 from facepipe.erasure.trainings import find_left_faces, list_trainings
 from facepipe.errors import ErasureLimitError, FacepipeError, GalleryBusyError, StorageError
 from facepipe.gallery import Gallery, suppressed
-from facepipe.gallery.migration import list_surplus, locate_migration
+from facepipe.gallery.migration import delete_leftovers, list_surplus, locate_migration
 from facepipe.storage.lease import is_held
 from pipelines.cluster import assign as cluster_assign
 from pipelines.runtime.run_record import attach_summary, get_current_run, record_calls
@@ -304,6 +304,7 @@ def erase_surplus(gallery: str, also: Sequence[str] = ()) -> int:
         The number of images that the migration had.
     """
     second = locate_migration(gallery)
+    delete_leftovers(gallery)
     if not Gallery.exists(second):
         return 0
     surplus = list_surplus(Gallery(gallery), Gallery(second))

@@ -197,12 +197,14 @@ def run(config: MigrateConfig, gallery: str, *, on_progress: OnProgress = lambda
     delete_leftovers(first.path)
     summary = MigrateSummary(first.path, second_path, first.contract.embedder, contract.embedder)
     attach_summary(summary)
-    for _ in range(_MAX_ROUNDS):
+    for number in range(_MAX_ROUNDS):
         with hold_lease(second_path, "migration", on_progress) as lease:
             second = Gallery.open_or_create(second_path, contract)
             commit = Committer(second, new_run_id(), lease)
             with RequestTaker(commit, lease) as taker:
-                _Migration(config, Gallery(first.path), second, commit, summary, on_progress).run(taker)
+                migration = _Migration(config, Gallery(first.path), second, commit, summary, on_progress)
+                # Images that an earlier run could not read may be there again.
+                migration.run(taker, retries=number == 0)
         summary.removed += erase.erase_surplus(first.path)
         if not count_pending(Gallery(first.path), Gallery(second_path)):
             break
@@ -262,9 +264,9 @@ class _Migration:
         self._vectors = _FaceEmbedder(config, second.contract)
         self._blocks = 0
 
-    def run(self, taker: RequestTaker) -> None:
+    def run(self, taker: RequestTaker, *, retries: bool) -> None:
         """Embed what is missing or stale, a commit after the other."""
-        with closing(MigrationProgress(self._second)) as progress:
+        with closing(MigrationProgress(self._second, retries=retries)) as progress:
             for part in taker.follow(self._iterate_pending(progress)):
                 rows, known = part
                 self._write(rows, known)

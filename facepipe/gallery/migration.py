@@ -67,11 +67,13 @@ class ImageStates:
         uris: Their uris.
         keys: Hashes of the uris, (n,).
         states: Hashes of everything that an up-to-date copy has in common, (n,).
+        failed: Whether each image could not be embedded again, (n,).
     """
 
     uris: pa.Array
     keys: UInt64
     states: UInt64
+    failed: Bool
 
 
 def read_states(rows: pa.Table) -> ImageStates:
@@ -88,7 +90,7 @@ def read_states(rows: pa.Table) -> ImageStates:
         states = states.copy()
         states[is_failed] = [int(text.removeprefix(_FAILED), 16) for text in texts]
     uris = first["uri"].combine_chunks()
-    return ImageStates(uris, hash64_column(uris), states)
+    return ImageStates(uris, hash64_column(uris), states, np.asarray(is_failed, bool))
 
 
 def _to_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -109,11 +111,17 @@ def iterate_states(gallery: Gallery) -> Iterator[ImageStates]:
 class MigrationProgress:
     """Which images of a gallery its second gallery has, up to date. Call `close` when done."""
 
-    def __init__(self, second: Gallery):
-        """Read the second gallery."""
+    def __init__(self, second: Gallery, *, retries: bool = False):
+        """Read the second gallery.
+
+        Args:
+            second: the second gallery.
+            retries: whether images that could not be embedded again count as stale.
+        """
         self._known = HashTable(width=1)
         for images in iterate_states(second):
-            self._known.add(images.keys, images.states[:, None])
+            states = np.where(images.failed, ~images.states, images.states) if retries else images.states
+            self._known.add(images.keys, states[:, None])
 
     def close(self) -> None:
         """Delete the temporary file."""

@@ -174,6 +174,10 @@ def test_images_that_are_gone_or_changed(folder: Path, made: Path, tmp_path: Pat
     # More than a share of the images do not lose their faces unasked. What is there again is taken anew by `embed`.
     with pytest.raises(GalleryError, match="2 of 40 images would lose their faces"):
         migrate.switch(str(gallery))
+    shutil.copytree(gallery, folder / "again" / "g")
+    again = start(folder / "again", str(folder / "long.toml"))
+    assert (again.migrated, again.failed) == (2, {}), "they are there again"
+    migrate.switch(str(folder / "again" / "g"))
     migrate.switch(str(gallery), max_failed=0.1)
     assert is_sound(gallery)
     models = {"detect": {"model": "fake-detector"}, "embed": {"model": str(folder / "long.toml")}}
