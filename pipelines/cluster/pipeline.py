@@ -121,7 +121,6 @@ class ClusterSummary:
         clusters: Number of clusters.
         singletons: Clusters of one face.
         largest: Faces of the largest cluster.
-        persons: Persons: one per cluster, and named ones without a face in the gallery.
         named: Persons with a name.
         merges: Pairs of clusters that may be one person.
         splits: Clusters that may be two persons.
@@ -139,7 +138,6 @@ class ClusterSummary:
     clusters: int = 0
     singletons: int = 0
     largest: int = 0
-    persons: int = 0
     named: int = 0
     merges: int = 0
     splits: int = 0
@@ -244,7 +242,6 @@ def run(
     summary.clusters = len(sizes)
     summary.singletons = int((sizes == 1).sum())
     summary.largest = int(sizes.max(initial=0))
-    summary.persons = persons.num_rows
     summary.named = persons.num_rows - persons["name"].null_count
     summary.merges = len(review.merges)
     summary.splits = len(review.splits)

@@ -7,7 +7,7 @@
 `hold` draws a gallery, clusters it without and with decisions, and then again and again with 30 % of its faces replaced.
 It prints the time of both, and counts confirmed faces that lost their person, and decisions that are broken.
 
-`review` lets a simulated reviewer, who knows the labels of a gallery, answer the questions of a report: in the order of
+`review` lets a simulated reviewer, who knows the labels of a gallery, answer the questions of a report: in the orders of
 the page, and in random order. It prints the F of the clusters, or the share of wrong labels, after some decisions.
 """
 
@@ -214,7 +214,7 @@ def iterate_groups(module: Any, run: Any) -> Iterator[Any]:
 
 def measure_review(args: argparse.Namespace) -> None:
     """Let the reviewer work in the page's order, and in random order."""
-    for order in ("page", "random"):
+    for order in args.order:
         path = args.out / f"{args.report}-{order}"
         shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(args.gallery, path, ignore=shutil.ignore_patterns("reports", "decisions", "index"))
@@ -230,8 +230,7 @@ def measure_review(args: argparse.Namespace) -> None:
                 groups = list(make_report(args.report, gallery))
                 if done >= goal:
                     break
-                if order == "random":
-                    groups = [groups[at] for at in rng.permutation(len(groups))]
+                groups = sort_groups(groups, order, rng)
                 # A page is worked through until its end, or until the goal.
                 decided = reviewer.answer(groups, goal - done)
                 if not decided:
@@ -239,9 +238,17 @@ def measure_review(args: argparse.Namespace) -> None:
                 decide(gallery, decided)
                 done += len(decided)
                 asked += 1
-            print(
-                json.dumps({"order": order, "decisions": done, "pages": asked} | score(args.report, gallery, reviewer))
-            )
+            figures = {"order": order, "decisions": done, "pages": asked} | score(args.report, gallery, reviewer)
+            print(json.dumps(figures), flush=True)
+
+
+def sort_groups(groups: list[Any], order: str, rng: np.random.Generator) -> list[Any]:
+    """Sort questions as the page does: by suspicion, by what a right answer gains, or in no order at all."""
+    if order == "random":
+        return [groups[at] for at in rng.permutation(len(groups))]
+    if order == "gain":
+        return sorted(groups, key=lambda group: -(group.probability or 0.0) * group.gain)
+    return sorted(groups, key=lambda group: -group.suspicion)
 
 
 def make_report(report: str, gallery: Gallery) -> Iterator[Any]:
@@ -291,6 +298,7 @@ def main() -> None:
     review.add_argument("out", type=Path)
     review.add_argument("--report", choices=["cluster", "clean"], default="cluster")
     review.add_argument("--flip", type=float, default=0.0)
+    review.add_argument("--order", nargs="+", default=["suspicion", "gain", "random"])
     review.set_defaults(measure=measure_review)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
