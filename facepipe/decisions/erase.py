@@ -188,6 +188,27 @@ def _read_all_faces(gallery: Gallery, contents: pa.Array) -> pa.Table:
     return pa.Table.from_batches(batches, pa.schema([("image_id", pa.string()), ("uri", pa.string())]))
 
 
+def find_lost_names(gallery: str, faces: Int64) -> frozenset[str]:
+    """Find the names that people gave to some faces and to no others.
+
+    Args:
+        gallery: path or URL of the gallery.
+        faces: sorted ids of the faces.
+    """
+    table = DecisionTable(gallery)
+    if not table.exists:
+        return frozenset()
+    lost: set[str] = set()
+    in_use: set[str] = set()
+    for file in table.files:
+        rows = table.read_file(file.path)
+        rows = rows.filter(pc.equal(rows["decision"], IS))
+        is_lost = is_in_sorted(faces, to_ids(rows["face_id"]))
+        lost.update(rows["person"].filter(pa.array(is_lost)).to_pylist())
+        in_use.update(rows["person"].filter(pa.array(~is_lost)).to_pylist())
+    return frozenset(name for name in lost - in_use if name is not None)
+
+
 def find_confirmed_faces(gallery: Gallery, names: Iterable[str]) -> Int64:
     """Find the faces that people say are one of some persons, whatever the label: sorted ids."""
     wanted = sorted({label for label in map(format_label, names) if label is not None})

@@ -25,7 +25,7 @@ from facepipe import storage
 from facepipe.curation.report_folders import delete_uploads as delete_report_uploads
 from facepipe.curation.report_folders import get_report_name, is_disposable, is_our_listing, owns_file
 from facepipe.decisions import table as decision_table
-from facepipe.decisions.erase import ErasedPerson, scrub_decisions
+from facepipe.decisions.erase import ErasedPerson, find_lost_names, scrub_decisions
 from facepipe.erasure import pending, vectors
 from facepipe.erasure.chain import save_receipt
 from facepipe.erasure.erased_data import ErasedData
@@ -386,14 +386,24 @@ class _ErasureSteps:
         """Describe what reports must not hold; a label that other images still have may stay."""
         # The rows are gone by now: a name that still has rows belongs to images that stay.
         selected = self.erasure.selected
-        names_in_use = self._find_names_in_use(selected.names)
+        faces = np.union1d(selected.faces.to_numpy(), self.erasure.indexed)
+        # Reports also hold names that people gave.
+        names = {*selected.names.to_pylist(), *find_lost_names(self.gallery, faces), *self._list_meant_names()}
+        names_in_use = self._find_names_in_use(pa.array(sorted(names), pa.string()))
         return ErasedData(
             uris=frozenset([*selected.uris.to_pylist(), *filter(None, selected.former_uris.to_pylist())]),
-            names=frozenset(selected.names.to_pylist()) - names_in_use,
+            names=frozenset(names) - names_in_use,
             contents=frozenset(selected.contents.to_pylist()),
-            faces=np.union1d(selected.faces.to_numpy(), self.erasure.indexed),
+            faces=faces,
             marks=np.unique(selected.marks.to_numpy()),
         )
+
+    def _list_meant_names(self) -> frozenset[str]:
+        """List the names by which the images were chosen: somebody is erased as a person, and not only some photos."""
+        selection = self.erasure.selection
+        if selection is None or selection.list_conditions() != ["identities"]:
+            return frozenset()
+        return frozenset(filter(None, map(format_label, selection.identities)))
 
     def _find_names_in_use(self, names: pa.Array) -> frozenset[str]:
         """Find the labels among some names that images of the gallery have."""
@@ -457,11 +467,9 @@ class _ErasureSteps:
     def _clean_decisions(self) -> None:
         """Delete what people have decided about the erased."""
         erased = self._describe_erased()
-        selection = self.erasure.selection
         # Somebody who is chosen by name, and has no image left, is erased as a person.
-        is_by_name = selection is not None and selection.list_conditions() == ["identities"]
-        chosen = {format_label(name) for name in selection.identities} if selection and is_by_name else set()
-        in_use = self._find_names_in_use(pa.array(sorted(filter(None, chosen)), pa.string()))
+        chosen = self._list_meant_names()
+        in_use = self._find_names_in_use(pa.array(sorted(chosen), pa.string()))
 
         def note(count: int) -> None:
             # A repeated step finds less than the first attempt did, so the larger count stays.
@@ -473,7 +481,7 @@ class _ErasureSteps:
             contents=erased.contents,
             texts=erased.uris | erased.contents | frozenset(map(str, erased.faces.tolist())),
             names=erased.names,
-            meant_names=frozenset(name for name in chosen if name is not None) - in_use,
+            meant_names=chosen - in_use,
         )
         try:
             scrub_decisions(self.gallery, person, note)

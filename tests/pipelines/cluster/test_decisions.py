@@ -21,11 +21,13 @@ from facepipe.curation.clusters.tables import CLUSTERS, FACES, LEFT_OUT, MERGES
 from facepipe.decisions import add_decisions, read_decisions, undo_decisions
 from facepipe.decisions.schema import SCHEMA, conform_rows
 from facepipe.decisions.table import hold_decisions
+from facepipe.erasure.selection import Selection
 from facepipe.errors import GalleryError
 from facepipe.gallery import Gallery
 from facepipe.gallery.commits.parts import compute_statistics, encode_parquet
 from facepipe.index.search import Index
 from facepipe.schema import conform
+from pipelines import erase
 from pipelines.cluster import ClusterConfig, ClusterSummary, run
 from pipelines.cluster.assign import run as assign
 from pipelines.index import IndexConfig
@@ -364,3 +366,32 @@ def test_faces_of_a_named_person_answer_with_its_name(gallery: Gallery, drawn: p
     answers = pq.read_table(out)
     assert answers["person"].to_pylist() == [ann["person"]]
     assert answers["identity"].to_pylist() == ["Ann"]
+
+
+def test_a_name_leaves_the_reports_with_its_faces(gallery: Gallery, drawn: pa.Table, ids: list[list[int]]) -> None:
+    """A name that only decisions gave is in no report any more when the last face that bears it is erased."""
+    decide(
+        gallery,
+        {"decision": "is", "face_id": ids[2][0], "person": "Zacharias Quux"},
+        {"decision": "is", "face_id": ids[2][1], "person": "Zacharias Quux"},
+        {"decision": "is", "face_id": ids[4][0], "person": "Somebody"},
+    )
+    cluster(gallery)
+    reports = Path(gallery.path, "reports", "cluster")
+
+    def list_files_with(name: str) -> set[str]:
+        found = set()
+        for path in reports.iterdir():
+            held = str(pq.read_table(path).to_pylist()) if path.suffix == ".parquet" else path.read_text("latin-1")
+            if name in held:
+                found.add(path.name)
+        return found
+
+    uris = dict(zip(drawn["face_id"].to_pylist(), drawn["uri"].to_pylist(), strict=True))
+    assert list_files_with("Zacharias") >= {PERSONS, FACES}
+    erase.run(Selection(images=(uris[ids[2][0]],)), gallery.path)
+    assert PERSONS in list_files_with("Zacharias"), "another face still bears it"
+    erase.run(Selection(images=(uris[ids[2][1]],)), gallery.path)
+    assert not list_files_with("Zacharias")
+    assert PERSONS in list_files_with("Somebody")
+    assert cluster(Gallery(gallery.path)).named == 1
