@@ -7,7 +7,7 @@ from facepipe.decisions.table import compact_table
 from facepipe.erasure.takeup import RequestTaker
 from facepipe.gallery import Gallery
 from facepipe.gallery.commits.committer import Committer
-from facepipe.gallery.maintenance.compact import CompactConfig, compact_files, plan_compaction
+from facepipe.gallery.maintenance.compact import CompactConfig, compact_files, fold_marks, plan_compaction
 from facepipe.gallery.maintenance.text_repair import count_files_to_repair, repair_text
 from facepipe.gallery.maintenance.vacuum import claim_unreferenced, delete_files, delete_uploads, find_unreferenced
 from facepipe.observe.runs import new_run_id
@@ -37,6 +37,7 @@ class CompactSummary:
         repaired: Files of an older version whose labels or ranges in the log were mended.
         joined: Files that were joined.
         into: Files that they became.
+        folded: Files into which marks were folded.
         deleted: Files that were deleted.
         bytes: Their size.
         files: Files of the table now.
@@ -48,6 +49,7 @@ class CompactSummary:
     repaired: int = 0
     joined: int = 0
     into: int = 0
+    folded: int = 0
     deleted: int = 0
     bytes: int = 0
     files: int = 0
@@ -90,6 +92,7 @@ def _compact(config: CompactConfig, gallery: str, everything: bool) -> CompactSu
         with RequestTaker(commit, lease) as taker:
             taker.start()
             fewer = compact_files(table, groups, commit)
+            folded = fold_marks(Gallery(gallery), commit, everything)
         deleted = claim_unreferenced(gallery, lease, config.keep_hours * _SECONDS_PER_HOUR)
         delete_files(deleted, lease)
         with suppress(UploadsUnknownError):
@@ -100,9 +103,10 @@ def _compact(config: CompactConfig, gallery: str, everything: bool) -> CompactSu
             repaired=repaired,
             joined=fewer + len(groups),
             into=len(groups),
+            folded=folded,
             deleted=len(deleted),
             bytes=sum(entry.size for entry in deleted),
-            files=len(compacted.files()),
+            files=compacted.count_totals().files,
             version=compacted.version,
             decisions=decisions,
         )
@@ -118,7 +122,7 @@ def _preview(config: CompactConfig, table: Gallery, everything: bool) -> Compact
         into=len(groups),
         deleted=len(unreferenced),
         bytes=sum(entry.size for entry in unreferenced),
-        files=len(table.files()),
+        files=table.count_totals().files,
         version=table.version,
         dry_run=True,
     )

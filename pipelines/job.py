@@ -132,4 +132,4 @@ def load_known(gallery: Gallery | None, source: SourceRows) -> KnownImages:
 def count_indexed(gallery: Gallery) -> dict[str, int]:
     """Count the faces of a gallery, and those that its search index holds."""
     indexed = manifests.load(gallery.path).live if manifests.exists(gallery.path) else 0
-    return {"faces": sum(file["faces"] for file in gallery.files()), "indexed": indexed}
+    return {"faces": gallery.count_totals().faces, "indexed": indexed}

@@ -159,9 +159,9 @@ def count_rows(gallery: Gallery, source: str | None = None, below: tuple[str, ..
     if source is not None and below:
         own = Selection(source=source, below=below).build_filter(read_time())
         return sum(batch.num_rows for batch in gallery.batches(["source"], own, with_hidden=True))
-    files = gallery.files()
     if source is None:
-        return sum(file["num_records"] for file in files)
+        return gallery.count_totals().rows
+    files = gallery.files()
     # Files of a run hold one source. Compacted ones may hold several, and only these are read.
     count = 0
     mixed = []

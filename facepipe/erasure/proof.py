@@ -194,6 +194,9 @@ def _check_files(gallery: Gallery, receipt: Receipt, hashes: _MentionCounter) ->
     for file in find_foreign(gallery):
         if _count_anywhere(file.url, hashes):
             yield f"faces/{os.path.basename(file.url)}: facepipe did not write it, and it holds erased rows"
+    marks = gallery.marks_file
+    if marks is not None and _count_anywhere(storage.join(gallery.faces_folder, marks), hashes):
+        yield f"faces/{marks}: marks of erased images"
     for part in gallery.files():
         if part["path"] in receipt.files_before:
             yield f"faces/{part['path']}: should be deleted"

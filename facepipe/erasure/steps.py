@@ -546,7 +546,7 @@ class _ErasureSteps:
 
     def _forget_replaced_files(self, table: Gallery) -> None:
         """Name in the receipt only files that are still there: some may have been replaced once more since."""
-        current_files = {file["path"] for file in table.files()}
+        current_files = set(table.list_paths())
         receipt = self.receipt
         receipt.files_after = {name: digest for name, digest in receipt.files_after.items() if name in current_files}
         if manifests.exists(self.gallery):

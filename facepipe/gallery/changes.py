@@ -99,6 +99,13 @@ class PartialGallery(Gallery):
         fragments = [fragment for fragment in whole.get_fragments() if fragment.path in self._chosen]
         return ds.FileSystemDataset(fragments, whole.schema, whole.format, whole.filesystem)
 
+    def _read_actions(self) -> pa.Table:
+        """Read the log's entries of the chosen files."""
+        actions = super()._read_actions()
+        if self._chosen is None:
+            return actions
+        return actions.filter(pc.is_in(actions["path"], pa.array(sorted(self._chosen), pa.string())))
+
     def read_newest_times(self) -> dict[str, datetime | None]:
         """Read from the log the time of the last ingestion in each of the table's files, by path."""
         actions = pa.table(self._table.get_add_actions(flatten=True))
@@ -214,14 +221,14 @@ def find_changes(gallery: Gallery, mark: ReadMark | None) -> TableChanges:
     another table, new rows are recognised by their time of ingestion alone.
     """
     # Without a mark every file is new; without the old version the rows have to tell.
-    files = tuple(file["path"] for file in gallery.files())
+    files = tuple(gallery.list_paths())
     if mark is None:
         return TableChanges(gallery, None, new_files=files, mixed_files=(), removed_files=None)
     old_gallery = _open_old_gallery(gallery, mark)
     if old_gallery is None:
         return TableChanges(gallery, mark, new_files=(), mixed_files=files, removed_files=None)
     # Compare the two versions by the names of their files.
-    old_files = {file["path"] for file in old_gallery.files()}
+    old_files = set(old_gallery.list_paths())
     removed = tuple(sorted(old_files.difference(files)))
     added = [path for path in files if path not in old_files]
     # If no file was removed, no row can have moved. Else the name tells whether a file holds rewritten rows.

@@ -25,8 +25,10 @@ from facepipe.errors import ConfigError, ContractError, GalleryBusyError, Galler
 from facepipe.gallery.chosen_rows import iterate_chosen_rows
 from facepipe.gallery.commits import log
 from facepipe.gallery.contract import CONTRACT_PROPERTY, Contract
+from facepipe.gallery.file_bounds import FileBounds
 from facepipe.gallery.filters import to_filter
 from facepipe.gallery.hidden import HiddenImages, HiddenWatch
+from facepipe.gallery.marks import KEY, NO_MARKS, TRANSACTION, Marks, format_name, needs_marks, read_marks
 from facepipe.schema import FACES, LATER, OK
 from facepipe.storage.aliases import find_table_path
 from facepipe.storage.conditional import ConflictError, require_usable_place
@@ -51,6 +53,8 @@ _OWN_NAMES = {LEASE_FILE, LEASE_GUARD, RUNS}
 _VECTOR_ROWS = 65536  # rows read at a time
 # Files whose metadata is held at a time.
 _FILES_AT_ONCE = 64
+# Files at a time of which a filter says whether they may hold anything.
+_FILES_PASSED_OVER = 1024
 # What `Gallery.files` reads of the log, which holds more statistics than any caller wants.
 _FILE_COLUMNS = (
     "path",
@@ -91,6 +95,23 @@ class RunCommit:
     time: str
 
 
+@dataclass(frozen=True)
+class TableTotals:
+    """What the log says of all files of a table together.
+
+    Attributes:
+        files: Number of files.
+        bytes: Their size.
+        rows: Number of rows.
+        faces: Number of rows with a face.
+    """
+
+    files: int
+    bytes: int
+    rows: int
+    faces: int
+
+
 class Gallery:
     """A gallery of face embeddings.
 
@@ -122,6 +143,7 @@ class Gallery:
         _refuse_file(self.path)
         _refuse_links_to_others(self.path)
         self._hidden = HiddenWatch(self.path)
+        self._marks: Marks | None = None
         try:
             self._table = open_table(self.faces_folder, version)
         except TableNotFoundError as error:
@@ -215,6 +237,7 @@ class Gallery:
         except ConflictError as error:
             raise GalleryBusyError(f"another run has written to {self.path!r} since this one began") from error
         self._table.update_incremental()
+        self._marks = None
 
     @property
     def version(self) -> int:
@@ -248,6 +271,34 @@ class Gallery:
         """Get a property of the table; None if it has none of this name."""
         return self._table.metadata().configuration.get(name)
 
+    @property
+    def marks(self) -> Marks:
+        """What has changed of images since their rows were written. All reading methods but `dataset` apply it.
+
+        Raises:
+            StorageError: it cannot be read.
+        """
+        if self._marks is None:
+            number = self._read_marks_number()
+            try:
+                self._marks = read_marks(self.faces_folder, number)
+            except StorageError as error:
+                if Gallery(self.path)._read_marks_number() != number:
+                    raise StorageError(
+                        f"the gallery {self.path!r} was changed while version {self.version} was read: open it again"
+                    ) from error
+                raise
+        return self._marks
+
+    @property
+    def marks_file(self) -> str | None:
+        """Name of the file with the marks, below the table's folder; None if there are no marks."""
+        number = self._read_marks_number()
+        return format_name(number) if number else None
+
+    def _read_marks_number(self) -> int:
+        return int(self._table.transaction_version(TRANSACTION) or 0)
+
     def set_property(self, name: str, value: str) -> None:
         """Set a property of the table, in a commit of its own."""
         try:
@@ -270,6 +321,25 @@ class Gallery:
             if row["path"] in doubtful:
                 row.update({name: None for name in names if name.endswith((".uri", ".source", ".identity"))})
         return rows
+
+    def list_paths(self) -> list[str]:
+        """List the paths of the table's files. In a table of very many files this costs much less than `files`."""
+        paths = pa.table(self._table.get_add_actions(flatten=False))["path"]
+        self._check_names(paths)
+        listed: list[str] = paths.to_pylist()
+        return listed
+
+    def count_totals(self) -> TableTotals:
+        """Count files, bytes, rows and faces by the log. No list of files is made."""
+        actions = pa.table(self._table.get_add_actions(flatten=True))
+        rows = pc.sum(actions["num_records"]).as_py() or 0
+        faceless = actions["null_count.face_id"] if "null_count.face_id" in actions.column_names else None
+        return TableTotals(
+            files=actions.num_rows,
+            bytes=pc.sum(actions["size_bytes"]).as_py() or 0,
+            rows=rows,
+            faces=rows - ((pc.sum(faceless).as_py() or 0) if faceless is not None else 0),
+        )
 
     def _check_names(self, paths: pa.ChunkedArray | None = None) -> None:
         """Refuse a table whose log names files outside its folder, or files that are links.
@@ -341,6 +411,8 @@ class Gallery:
     def dataset(self, ranges: Collection[str] | None = None) -> ds.Dataset:
         """Open the table as a pyarrow dataset, for whatever this class does not offer.
 
+        Its columns `fingerprint` and `missing_since` are as the files have them: `marks` may say more.
+
         Args:
             ranges: columns by which a filter may tell, from the log, that a file holds nothing for it; all by default.
                 In a table of many files they are the cost of opening it, some 40 microseconds per column and file.
@@ -371,6 +443,45 @@ class Gallery:
             dataset = _drop_ranges(dataset, self._find_untrusted_files())
         return dataset.replace_schema(pa.unify_schemas([schema, FACES]))
 
+    def _split_files(self, ranges: Collection[str], where: "ds.Expression | None") -> Iterator[ds.Dataset]:
+        """Split the files that may match a filter into datasets of a few files each.
+
+        What has been read of a file's metadata, some 80 kB, is kept as long as its dataset. In a table of 20,000 files
+        that would be 1.6 GB. To open all files as one dataset would also stop the interpreter, and with it the lease's
+        heartbeat, for as long as that takes.
+
+        Args:
+            ranges: columns by which the filter may tell, from the log, that a file holds nothing for it.
+            where: the filter.
+        """
+        actions = self._read_actions()
+        self._check_names(actions["path"])
+        schema = pa.unify_schemas([pa.schema(self._table.schema().to_arrow(as_large_types=False)), FACES])
+        filesystem = open_arrow_filesystem(self.faces_folder)
+        bounds = FileBounds(actions, ranges, self._find_untrusted_files() if where is not None else frozenset())
+        file_format = ds.ParquetFileFormat()
+        pending: list[ds.Fragment] = []
+        for start in range(0, actions.num_rows, _FILES_PASSED_OVER):
+            paths = actions["path"].slice(start, _FILES_PASSED_OVER).to_pylist()
+            fragments = [
+                file_format.make_fragment(path, filesystem, partition_expression=bounds.get_guarantee(start + n))
+                for n, path in enumerate(paths)
+            ]
+            if where is not None:
+                candidates = ds.FileSystemDataset(fragments, schema, file_format, filesystem)
+                fragments = list(candidates.get_fragments(filter=where))
+            pending += fragments
+            is_last = start + len(paths) >= actions.num_rows
+            while len(pending) >= _FILES_AT_ONCE or (pending and is_last):
+                part = pending[:_FILES_AT_ONCE]
+                del pending[:_FILES_AT_ONCE]
+                yield ds.FileSystemDataset(part, schema, file_format, filesystem)
+                del part
+
+    def _read_actions(self) -> pa.Table:
+        """Read the log's entries of the files that are read."""
+        return pa.table(self._table.get_add_actions(flatten=True))
+
     def batches(
         self,
         columns: Sequence[str] | None = None,
@@ -389,13 +500,23 @@ class Gallery:
         """
         names = check_columns(columns)
         row_filter = to_filter(where)
-        for part in _split_dataset(self.open_all_rows(_find_named_columns(row_filter)), row_filter):
+        filter_names = _find_named_columns(row_filter)
+        marks = self.marks if needs_marks([*names, *filter_names]) else NO_MARKS
+        first_filter = row_filter
+        read_names = names
+        if len(marks):
+            read_names = list(dict.fromkeys([*names, *KEY, *filter_names]))
+            # A row that is marked may match although its file says otherwise, so no file may be passed over.
+            if needs_marks(filter_names):
+                first_filter = None
+        for part in self._split_files(filter_names, first_filter):
             # Look before each part, because an erasure may be recorded during a long read.
-            part_filter = row_filter if with_hidden else self._add_hidden(row_filter)
+            part_filter = first_filter if with_hidden else self._add_hidden(first_filter)
             scanner = part.scanner(
-                columns=names, filter=part_filter, batch_size=rows, batch_readahead=2, fragment_readahead=1
+                columns=read_names, filter=part_filter, batch_size=rows, batch_readahead=2, fragment_readahead=1
             )
-            yield from self._scan(scanner)
+            for batch in self._scan(scanner):
+                yield from _apply_marks(marks, batch, row_filter, names)
 
     def read_chosen_rows(self, key: str, values: pa.Array, columns: Sequence[str]) -> Iterator[pa.Table]:
         """Read the rows whose key is among some values, file by file, with as few bytes of thumbnails as possible.
@@ -407,8 +528,9 @@ class Gallery:
         """
         names = check_columns(columns)
         dataset = self.open_all_rows([key])
-        with_uri = [*names, *({"uri"} - set(names))]
-        parts = iterate_chosen_rows(dataset, key, values, with_uri)
+        marks = self.marks if needs_marks(names) else NO_MARKS
+        with_key = list(dict.fromkeys([*names, *(KEY if len(marks) else ("uri",))]))
+        parts = iterate_chosen_rows(dataset, key, values, with_key)
         while True:
             try:
                 part = next(parts, None)
@@ -421,7 +543,7 @@ class Gallery:
             if hidden:
                 part = part.filter(hidden.visible)
             if part.num_rows:
-                yield part.select(names)
+                yield marks.apply(part).select(names)
 
     def read_hidden(self) -> HiddenImages:
         """Read which images are being erased."""
@@ -453,8 +575,8 @@ class Gallery:
         base = self.faces_folder.rstrip("/") + "/"
         try:
             present = {entry.url.removeprefix(base) for entry in storage.list_files(self.faces_folder)}
-            current = {file["path"] for file in Gallery(self.path).files()}
-            missing = {file["path"] for file in self.files()} - present
+            current = set(Gallery(self.path).list_paths())
+            missing = set(self.list_paths()) - present
         except (StorageError, GalleryError):
             missing = set()
         # Files that no version needs any more are deleted by an erasure at once, and by a compaction after some hours.
@@ -514,10 +636,10 @@ class Gallery:
         if version == self.version or log.find_last_equal_version(self.faces_folder, version) >= self.version:
             return True
         try:
-            old = {file["path"] for file in Gallery(self.path, version).files()}
+            old = set(Gallery(self.path, version).list_paths())
         except (GalleryError, StorageError):
             return False
-        return old == {file["path"] for file in self.files()}
+        return old == set(self.list_paths())
 
     def read_commits(self, last: int) -> list[RunCommit]:
         """Read which runs made the newest commits, and when; other commits are left out."""
@@ -694,21 +816,17 @@ def _is_foreign(name: str) -> bool:
     return not (is_unfinished_log or is_own)
 
 
-def _split_dataset(dataset: ds.Dataset, where: "ds.Expression | None") -> Iterator[ds.Dataset]:
-    """Split the files that may match a filter into datasets of a few files each.
-
-    What has been read of a file's metadata, some 80 kB, is kept as long as its dataset. In a table of 20,000 files that
-    would be 1.6 GB.
-    """
-    file_format = dataset.format
-    filesystem = dataset.filesystem
-    schema = dataset.schema
-    # Last file first, because the list is emptied from its end.
-    fragments = list(dataset.get_fragments(filter=where))[::-1]
-    del dataset
-    while fragments:
-        part = [fragments.pop() for _ in range(min(_FILES_AT_ONCE, len(fragments)))]
-        yield ds.FileSystemDataset(part, schema, file_format, filesystem)
+def _apply_marks(
+    marks: Marks, batch: pa.RecordBatch, row_filter: "ds.Expression | None", names: list[str]
+) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of a batch that match a filter by what the marks say, with some columns; nothing if none does."""
+    if len(marks):
+        batch = marks.apply(batch)
+        if row_filter is not None:
+            batch = batch.filter(row_filter)
+        batch = batch.select(names)
+    if batch.num_rows:
+        yield batch
 
 
 def _find_named_columns(where: "ds.Expression | None") -> list[str]:

@@ -57,8 +57,7 @@ def measure_lag(gallery: Gallery, manifest: Manifest, store: Store, *, in_full: 
         in_full: compare ids however many there are; by default only if they are few and on this machine.
     """
     version = manifest.table_version
-    files = gallery.files()
-    faces = sum(file["faces"] for file in files)
+    faces = gallery.count_totals().faces
     # Versions that differ in no file, as after a change of a property, are one.
     if version != INCOMPLETE and find_last_equal_version(gallery.faces_folder, version) >= gallery.version:
         return IndexLag(faces)
@@ -98,7 +97,7 @@ def describe_state(gallery: Gallery) -> dict[str, Any] | None:
 def describe_gaps(gallery: Gallery) -> list[str]:
     """Describe what searches of a gallery cannot find, with every id compared; empty if its index is complete."""
     if not exists(gallery.path):
-        faces = sum(file["faces"] for file in gallery.files())
+        faces = gallery.count_totals().faces
         return [f"there is no index of the {faces} faces: run `facepipe index {gallery.path}`"] if faces else []
     try:
         manifest = load(gallery.path)

@@ -133,9 +133,9 @@ def _list_paths(gallery: Gallery, version: int) -> set[str] | None:
         return None
     # Entries that change no file may have come since, and the log before them may have been cleaned.
     if find_last_equal_version(gallery.faces_folder, version) >= gallery.version:
-        return {entry["path"] for entry in gallery.files()}
+        return set(gallery.list_paths())
     try:
-        return {entry["path"] for entry in Gallery(gallery.path, version).files()}
+        return set(Gallery(gallery.path, version).list_paths())
     except GalleryError:
         return None
 

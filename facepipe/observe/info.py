@@ -29,13 +29,13 @@ _FAILED_COLUMNS = ("path", "status", "error")
 
 def describe_gallery(gallery: Gallery) -> dict[str, Any]:
     """Collect counts by status, contract, files and bytes, the most frequent errors and the last runs."""
-    files = gallery.files()
+    totals = gallery.count_totals()
     return {
         "path": gallery.path,
         "version": gallery.version,
         "counts": gallery.counts(),
-        "files": len(files),
-        "bytes": sum(file["size_bytes"] for file in files),
+        "files": totals.files,
+        "bytes": totals.bytes,
         "contract": asdict(gallery.contract),
         "errors": count_errors(gallery),
         "runs": describe_runs(gallery),

@@ -254,12 +254,12 @@ def _make_statistics(gallery_path: str, part: str, record: RunRecord) -> dict[st
     if part != _FACES or record.state == "running":
         return {}
     try:
-        files = Gallery(gallery_path).files()
+        totals = Gallery(gallery_path).count_totals()
     except GalleryError:
         return {}
     counts = statistics.OutputStatisticsOutputDatasetFacet(
-        rowCount=sum(file["num_records"] for file in files),
-        size=sum(file["size_bytes"] for file in files),
-        fileCount=len(files),
+        rowCount=totals.rows,
+        size=totals.bytes,
+        fileCount=totals.files,
     )
     return {"outputStatistics": counts}

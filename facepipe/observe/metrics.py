@@ -170,17 +170,17 @@ def _sample_gallery(gallery_path: str, label: str, jobs: dict[str, JobHistory]) 
 
     try:
         gallery = Gallery(gallery_path)
-        files = gallery.files()
+        totals = gallery.count_totals()
     except GalleryError:
         return  # the exit codes of the runs show it
-    yield MetricSample("facepipe_gallery_faces", (label,), sum(file["faces"] for file in files))
-    yield MetricSample("facepipe_gallery_bytes", (label,), sum(file["size_bytes"] for file in files))
+    yield MetricSample("facepipe_gallery_faces", (label,), totals.faces)
+    yield MetricSample("facepipe_gallery_bytes", (label,), totals.bytes)
     # Images by status: as the newest run counted them, or counted now if the table is small.
     counting_runs = [history.ended for history in jobs.values() if _select_counters(history.ended, "gallery")]
     newest = max(counting_runs, key=lambda run: run.ended or "", default=None)
     images = _select_counters(newest, "gallery") if newest else {}
     is_current = newest is not None and newest.version_after == gallery.version
-    is_small = sum(file["num_records"] for file in files) <= COUNT_ROWS and len(files) <= COUNT_FILES
+    is_small = totals.rows <= COUNT_ROWS and totals.files <= COUNT_FILES
     if is_small and not is_current:
         images = {name: count for name, count in gallery.counts().items() if name not in ("images", "faces")}
     for status, count in images.items():

@@ -76,7 +76,7 @@ def _choose_threshold(*paths: str) -> float | None:
     The share of near pairs then still separates persons.
     """
     galleries = [Gallery(path) for path in paths]
-    faces = sum(row["faces"] for gallery in galleries for row in gallery.files())
+    faces = sum(gallery.count_totals().faces for gallery in galleries)
     if faces >= _MIN_CALIBRATION_FACES:
         return None
     return find_match_threshold(galleries[0].contract.embedder)

@@ -418,7 +418,7 @@ def _write_tables(gallery: Gallery, graph: Graph, review: ClusterReview, folder:
 
 def count_faces(gallery: Gallery) -> int:
     """Count the faces of a gallery by the log of its table."""
-    return sum(int(row["faces"]) for row in gallery.files())
+    return gallery.count_totals().faces
 
 
 def _write_rule(

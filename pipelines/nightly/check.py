@@ -164,9 +164,9 @@ class _NightCheck:
         """Compare what the night needs with the room on each disk."""
         gallery = self._config.gallery
         indexed = count_indexed(self._gallery) if self._gallery else {"faces": 0, "indexed": 0}
-        table_bytes = sum(file["size_bytes"] for file in self._gallery.files()) if self._gallery else 0
-        images = sum(file["num_records"] for file in self._gallery.files()) if self._gallery else 0
-        per_image = max(_IMAGE_BYTES, table_bytes // images if images else 0)
+        totals = self._gallery.count_totals() if self._gallery else None
+        images = totals.rows if totals else 0
+        per_image = max(_IMAGE_BYTES, totals.bytes // images if totals and images else 0)
         new_faces = indexed["faces"] - indexed["indexed"] + self._to_come
         index_bytes = make_plan(max(1, indexed["faces"] + self._to_come), 1 << 62, 0).disk
         # An index that is there grows by what is new; the first one is built whole.

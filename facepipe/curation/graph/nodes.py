@@ -132,4 +132,4 @@ def _read_ids(gallery: Gallery) -> Int64:
 
 
 def _list_paths(gallery: Gallery) -> list[str]:
-    return sorted(entry["path"] for entry in gallery.files())
+    return sorted(gallery.list_paths())

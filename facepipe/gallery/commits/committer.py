@@ -8,15 +8,18 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import pyarrow as pa
 from deltalake.exceptions import DeltaError
+from deltalake.transaction import AddAction, RemoveAction
 
 from facepipe import storage
 from facepipe.errors import GalleryBusyError, StorageError
 from facepipe.gallery.commits import log
 from facepipe.gallery.commits.damaged import keep_good_rows
 from facepipe.gallery.commits.parts import PartRecord
-from facepipe.gallery.commits.rewrite import Action, make_add_action, rewrite_files
+from facepipe.gallery.commits.rewrite import Action, MarkImages, make_add_action, read_rows, rewrite_files
 from facepipe.gallery.commits.row_changes import RowChanges
+from facepipe.gallery.marks import NO_MARKS, TRANSACTION, Marks, format_name, read_marks, write_marks
 from facepipe.gallery.table import FENCE, Gallery, reopen_table
 from facepipe.storage.conditional import ConflictError
 from facepipe.storage.lease import Lease
@@ -49,6 +52,9 @@ class Committer:
         self._lease = lease
         self._lock = threading.RLock()
         self._is_closed = False
+        # The marks that were read last, and their number.
+        self._marks: Marks = NO_MARKS
+        self._marks_number = 0
         # The version that the caller read. A commit of another run since then must not be overlooked.
         self._seen_version = gallery.version
         with _map_errors(gallery.path):
@@ -182,11 +188,17 @@ class Committer:
         folder = self.gallery.faces_folder
         version = self._table.version() + 1
         # The transaction's number tells after a lost answer whether the commit is in the table.
+        file_actions = [action for action in actions if isinstance(action, AddAction | RemoveAction)]
         changed = [log.make_property_action(self._table, properties)] if properties else []
-        entry = [*changed, *map(log.encode_action, actions), log.encode_transaction(self.run, number)]
-        note = json.dumps({"run": self.run, "commit": number, **metadata})
+        entry = [*changed, *map(log.encode_action, file_actions), log.encode_transaction(self.run, number)]
+        info = {_METADATA_KEY: json.dumps({"run": self.run, "commit": number, **metadata})}
+        old_marks, new_marks = self._change_marks(actions)
+        if new_marks != old_marks:
+            entry.append(log.encode_transaction(TRANSACTION, new_marks))
+            if old_marks:
+                info[log.OUTDATED] = format_name(old_marks)
         try:
-            log.write_entry(folder, version, "WRITE", entry, **{_METADATA_KEY: note})
+            log.write_entry(folder, version, "WRITE", entry, **info)
         except ConflictError:
             return False
         except StorageError as error:
@@ -199,6 +211,30 @@ class Committer:
             with _map_errors(self.gallery.path):
                 reopen_table(folder).cleanup_metadata()
         return True
+
+    def _change_marks(self, actions: list[Action]) -> tuple[int, int]:
+        """Write the marks that the table has after some actions. Returns the number of the old ones and of the new."""
+        with _map_errors(self.gallery.path):
+            old = int(self._table.transaction_version(TRANSACTION) or 0)
+        added = [action.images for action in actions if isinstance(action, MarkImages)]
+        removed = [action.path for action in actions if isinstance(action, RemoveAction)]
+        if not added and not (old and removed):
+            return old, old
+        if old != self._marks_number:
+            self._marks = read_marks(self.gallery.faces_folder, old)
+            self._marks_number = old
+        # Rows that are written anew hold what their marks say, and rows that are gone need none.
+        marks = self._marks
+        for path in removed:
+            if not len(marks):
+                break
+            marks = marks.drop(read_rows(self.gallery, path, ["uri"])["uri"])
+        if added:
+            marks = marks.add(pa.concat_tables(added))
+        if marks is not self._marks:
+            self._marks_number = write_marks(self.gallery.faces_folder, marks)
+            self._marks = marks
+        return old, self._marks_number
 
     def _require_accepted(self, version: int, number: int) -> None:
         """Raise GalleryBusyError if the table has gone on without the entry that was just written.

@@ -35,6 +35,9 @@ from facepipe.storage.table_access import get_delta_options
 LOG = "_delta_log"
 """Folder of the log in the table's folder."""
 
+OUTDATED = "facepipeOutdated"
+"""What an entry says of itself: name of the file of marks that its version no longer needs."""
+
 JsonAction = dict[str, Any]
 """One line of an entry: the name of an action, and its fields."""
 

@@ -82,19 +82,20 @@ def mark_missing(gallery: Gallery, rows: SourceRows, folder: str, figures: Listi
     unlisted = load_unlisted(folder, figures)
 
     def find_rows(table: pa.Table) -> Any:
+        nonlocal image_count
         is_own = rows.contains(table)
         is_unlisted = np.zeros(table.num_rows, bool)
         if is_own.any():
             is_unlisted[is_own] = unlisted.get(hash64_column(table["uri"].filter(pa.array(is_own))))[0]
-        return pc.and_(pc.is_null(table["missing_since"]), pa.array(is_unlisted))
-
-    def set_time(table: pa.Table, mask: Any) -> pa.Table:
-        nonlocal image_count
+        mask = pc.and_(pc.is_null(table["missing_since"]), pa.array(is_unlisted))
         # An image has several rows: its first face, or its only row, counts.
         first_rows = pc.and_(mask, pc.fill_null(pc.equal(table["face_index"], 0), True))
         image_count += pc.sum(first_rows).as_py() or 0
-        n = FACES.get_field_index("missing_since")
-        return table.set_column(n, FACES.field(n), pc.if_else(mask, now, table["missing_since"]))
+        return mask
+
+    def set_time(table: pa.Table, mask: Any) -> pa.Table:
+        n = table.schema.get_field_index("missing_since")
+        return table.set_column(n, FACES.field("missing_since"), pc.if_else(mask, now, table["missing_since"]))
 
     def may_hold_source(file: dict[str, Any]) -> bool:
         # A file without statistics of the source may hold it.
@@ -110,6 +111,7 @@ def mark_missing(gallery: Gallery, rows: SourceRows, folder: str, figures: Listi
             change=set_time,
             may_match=may_hold_source,
             data_change=False,
+            change_marked=lambda table: set_time(table, pa.scalar(True)),
         )
         return list(rewrite_files(Gallery(gallery.path), rewrite))
 

@@ -15,6 +15,7 @@ from deltalake.transaction import AddAction, RemoveAction
 from facepipe import storage
 from facepipe.errors import StorageError
 from facepipe.gallery.commits.parts import compute_statistics, encode_parquet, parse_digest
+from facepipe.gallery.marks import KEY, NO_MARKS, SCHEMA, make_marks, needs_marks
 from facepipe.gallery.table import Gallery
 from facepipe.hashing import compute_image_id
 from facepipe.schema import FACES, conform
@@ -23,7 +24,27 @@ from facepipe.schema import FACES, conform
 REWRITE = "rewrite"
 COMPACT = "compact"
 
-Action: TypeAlias = AddAction | RemoveAction
+# A change of a few columns is kept apart from rows, as marks, if the files would come to more bytes than this. Of fewer
+# bytes a new file costs little, and other programs see the change at once.
+_MARKS_FROM_BYTES = 64 << 20
+# A file in which more of the rows change is written anew at once.
+_MARKED_SHARE = 0.1
+# Marks of a gallery at most: all readers hold them.
+MOST_MARKS = 2_000_000
+
+
+@dataclass(frozen=True)
+class MarkImages:
+    """An action that changes the marks of images, and no file.
+
+    Attributes:
+        images: The new marks (`marks.SCHEMA`).
+    """
+
+    images: pa.Table
+
+
+Action: TypeAlias = AddAction | RemoveAction | MarkImages
 Change: TypeAlias = Callable[[pa.Table, pa.BooleanArray], pa.Table]
 
 
@@ -37,6 +58,8 @@ class Rewrite:
         change: Returns the new rows of a file, from all its rows and the mask of those concerned.
         may_match: Whether a file, as `Gallery.files` describes it, can hold such rows.
         data_change: Whether readers lose or gain rows by it.
+        change_marked: Makes the same change in the columns that marks can hold, from rows of `marks.SCHEMA` which are
+            concerned; None if the rows have to be written anew. Absent: they always have to.
     """
 
     columns: Sequence[str]
@@ -44,6 +67,7 @@ class Rewrite:
     change: Change
     may_match: Callable[[dict[str, Any]], bool] = lambda file: True
     data_change: bool = True
+    change_marked: Callable[[pa.Table], pa.Table | None] | None = None
 
 
 @dataclass
@@ -70,26 +94,81 @@ def rewrite_files(gallery: Gallery, rewrite: Rewrite, trace: RewriteTrace | None
         trace: filled in, if it is given.
     """
     # In the order of uris: a change that counts images, or gives them out, then does not depend on who wrote the files.
+    deferrable: list[_DeferrableFile] = []
     for file in sorted(gallery.files(), key=lambda file: (file["min.uri"] or "", file["path"])):
         if not rewrite.may_match(file):
             continue
-        rows, mask = _read_matching(gallery, file["path"], rewrite)
-        if rows is None:
+        # Read the few columns of the test first; the whole file is read only if a row matches.
+        mask = rewrite.matches(read_rows(gallery, file["path"], rewrite.columns))
+        if not pc.any(mask).as_py():
             continue
-        new_rows = rewrite.change(rows, mask)
-        # The old file leaves the table, and what is left of its rows comes back as a new one.
-        yield make_remove_action(file["path"], rewrite.data_change)
+        marks = _make_file_marks(gallery, file["path"], rewrite, mask)
+        if marks is None:
+            yield from _rewrite_file(gallery, file["path"], mask, rewrite, trace)
+        else:
+            deferrable.append(_DeferrableFile(file["path"], file["size_bytes"], mask, marks))
+    if deferrable and _is_worth_marks(gallery, deferrable):
+        yield MarkImages(pa.concat_tables([file.marks for file in deferrable]))
+        return
+    for deferred in deferrable:
+        yield from _rewrite_file(gallery, deferred.path, deferred.mask, rewrite, trace)
+
+
+@dataclass(frozen=True)
+class _DeferrableFile:
+    """A file whose rows need not be written anew.
+
+    Attributes:
+        path: its path below the table's folder.
+        size: its bytes.
+        mask: which rows are concerned.
+        marks: what to keep apart instead.
+    """
+
+    path: str
+    size: int
+    mask: pa.BooleanArray
+    marks: pa.Table
+
+
+def _is_worth_marks(gallery: Gallery, files: list[_DeferrableFile]) -> bool:
+    """Tell whether writing files anew would write many bytes for a few values each."""
+    count = len(gallery.marks) + sum(file.marks.num_rows for file in files)
+    return sum(file.size for file in files) >= _MARKS_FROM_BYTES and count <= MOST_MARKS
+
+
+def _make_file_marks(gallery: Gallery, path: str, rewrite: Rewrite, mask: pa.BooleanArray) -> pa.Table | None:
+    """Make the marks that say the same as a change of a file's rows; None if the file has to be written anew."""
+    if rewrite.change_marked is None or (pc.sum(mask).as_py() or 0) > _MARKED_SHARE * len(mask):
+        return None
+    changed = rewrite.change_marked(read_rows(gallery, path, SCHEMA.names).filter(mask))
+    return None if changed is None else make_marks(changed)
+
+
+def _rewrite_file(
+    gallery: Gallery, path: str, mask: pa.BooleanArray, rewrite: Rewrite, trace: RewriteTrace | None
+) -> Iterator[Action]:
+    """Write a file anew, and yield the actions that replace it."""
+    rows = read_rows(gallery, path)
+    new_rows = rewrite.change(rows, mask)
+    # The old file leaves the table, and what is left of its rows comes back as a new one.
+    yield make_remove_action(path, rewrite.data_change)
+    if trace is not None:
+        trace.before.append((path, parse_digest(path)))
+        trace.rows += rows.num_rows - new_rows.num_rows
+    if new_rows.num_rows:
+        action, name = write_rows(gallery, new_rows, REWRITE, rewrite.data_change)
+        yield action
         if trace is not None:
-            trace.before.append((file["path"], parse_digest(file["path"])))
-            trace.rows += rows.num_rows - new_rows.num_rows
-        if new_rows.num_rows:
-            action, name = write_rows(gallery, new_rows, REWRITE, rewrite.data_change)
-            yield action
-            if trace is not None:
-                trace.after.append((name, parse_digest(name)))
+            trace.after.append((name, parse_digest(name)))
 
 
-def plan_rewrite_of_uris(uris: Iterable[str], change: Change, data_change: bool = True) -> Rewrite:
+def plan_rewrite_of_uris(
+    uris: Iterable[str],
+    change: Change,
+    data_change: bool = True,
+    change_marked: Callable[[pa.Table], pa.Table | None] | None = None,
+) -> Rewrite:
     """Plan a change of the files that hold these uris."""
     ordered = sorted(uris)
     wanted = pa.array(ordered, pa.string())
@@ -105,18 +184,12 @@ def plan_rewrite_of_uris(uris: Iterable[str], change: Change, data_change: bool 
         change=change,
         may_match=may_match,
         data_change=data_change,
+        change_marked=change_marked,
     )
 
 
-def _read_matching(gallery: Gallery, path: str, rewrite: Rewrite) -> tuple[pa.Table | None, Any]:
-    """Read (all rows of a file, the mask of those concerned); (None, None) if no row is concerned."""
-    # Read the few columns of the test first; the whole file is read only if a row matches.
-    mask = rewrite.matches(read_rows(gallery, path, rewrite.columns))
-    return (read_rows(gallery, path), mask) if pc.any(mask).as_py() else (None, None)
-
-
 def read_rows(gallery: Gallery, path: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a file of the table; columns that it lacks, because it is older, are null.
+    """Read a file of the table, with what the marks say; columns that it lacks, because it is older, are null.
 
     Args:
         gallery: the gallery.
@@ -127,14 +200,17 @@ def read_rows(gallery: Gallery, path: str, columns: Sequence[str] | None = None)
         StorageError: the file cannot be read.
     """
     full_path = storage.join(gallery.faces_folder, path)
-    schema = FACES if columns is None else pa.schema([FACES.field(name) for name in columns])
+    wanted = FACES.names if columns is None else list(columns)
+    marks = gallery.marks if needs_marks(wanted) else NO_MARKS
+    schema = pa.schema([FACES.field(name) for name in dict.fromkeys([*wanted, *(KEY if len(marks) else ())])])
     try:
         with storage.open_seekable(full_path) as handle:
             parquet = pq.ParquetFile(handle)
             names = [name for name in schema.names if name in parquet.schema_arrow.names]
-            return conform(parquet.read(names), schema)
+            rows = conform(parquet.read(names), schema)
     except (OSError, pa.ArrowException) as error:
         raise StorageError(f"cannot read {full_path!r}: {str(error).splitlines()[0]}") from error
+    return marks.apply(rows).select(wanted)
 
 
 def write_rows(gallery: Gallery, rows: pa.Table, kind: str, data_change: bool) -> tuple[AddAction, str]:

@@ -36,7 +36,16 @@ class RowChanges:
             self.replaced | self.touched.keys() | self.relabelled.keys(),
             self._change_rows,
             data_change=bool(self.replaced or self.relabelled),
+            change_marked=self._change_marked,
         )
+
+    def _change_marked(self, rows: pa.Table) -> pa.Table | None:
+        """Change fingerprints of rows; None if other changes concern them as well."""
+        uris = set(rows["uri"].to_pylist())
+        if not uris <= self.touched.keys() or not uris.isdisjoint(self.replaced | self.relabelled.keys()):
+            return None
+        rows = _set_marked(rows, "fingerprint", [self.touched[uri] for uri in rows["uri"].to_pylist()])
+        return _set_marked(rows, "missing_since", [None] * rows.num_rows)
 
     def _change_rows(self, rows: pa.Table, mask: pa.BooleanArray) -> pa.Table:
         if self.replaced:
@@ -58,3 +67,8 @@ def _set_column(rows: pa.Table, name: str, values: dict[str, Any]) -> pa.Table:
     # Put the column back in its place, so that the schema stays the same.
     n = FACES.get_field_index(name)
     return rows.set_column(n, FACES.field(n), pa.array(column, FACES.field(n).type))
+
+
+def _set_marked(rows: pa.Table, name: str, values: list[str] | list[None]) -> pa.Table:
+    n = rows.schema.get_field_index(name)
+    return rows.set_column(n, FACES.field(name), pa.array(values, FACES.field(name).type))

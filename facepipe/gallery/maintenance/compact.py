@@ -1,14 +1,34 @@
-"""Compaction: join many small files of the table to few large ones. No row changes, and the index is not touched."""
+"""Compaction: join many small files of the table to few large ones, and fold marks into rows.
+
+What this package reads of the table stays the same, and the index is not touched.
+"""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
+from deltalake.transaction import AddAction
 
 from facepipe.gallery.commits.committer import Committer
-from facepipe.gallery.commits.rewrite import COMPACT, Action, make_remove_action, read_rows, write_rows
+from facepipe.gallery.commits.rewrite import (
+    COMPACT,
+    MOST_MARKS,
+    Action,
+    Rewrite,
+    make_remove_action,
+    plan_rewrite_of_uris,
+    read_rows,
+    rewrite_files,
+    write_rows,
+)
 from facepipe.gallery.table import Gallery
+
+# Marks are folded into the rows if they concern more than this share of them. The table is then written anew once in as
+# many nights as it takes to mark that many, instead of every night.
+_FOLDED_SHARE = 0.02
+# Marks are folded into files of about this size per commit, so that a crash loses no more.
+_FOLDED_BYTES = 1 << 30
 
 FileGroup = list[dict[str, Any]]
 """Files, as `Gallery.files` describes them, that are joined to one."""
@@ -50,6 +70,12 @@ def plan_compaction(gallery: Gallery, config: CompactConfig, everything: bool = 
 
 
 def _group_files(files: FileGroup, target_bytes: int) -> Iterator[FileGroup]:
+    # A group of one file would be written anew for nothing.
+    yield from (group for group in _split_files(files, target_bytes) if len(group) > 1)
+
+
+def _split_files(files: FileGroup, target_bytes: int) -> Iterator[FileGroup]:
+    """Split files into groups of consecutive ones, of about a size."""
     group: FileGroup = []
     size = 0
     for file in files:
@@ -59,8 +85,7 @@ def _group_files(files: FileGroup, target_bytes: int) -> Iterator[FileGroup]:
             size = 0
         group.append(file)
         size += file["size_bytes"]
-    # A last group of one file would be written anew for nothing.
-    if len(group) > 1:
+    if group:
         yield group
 
 
@@ -77,9 +102,64 @@ def compact_files(gallery: Gallery, groups: list[FileGroup], commit: Committer) 
 
 def _join_group(gallery: Gallery, group: FileGroup) -> list[Action]:
     """Write one file with the rows of a group; return the actions that replace the group by it."""
-    paths = {file["path"] for file in Gallery(gallery.path).files()}
+    paths = set(Gallery(gallery.path).list_paths())
     if not all(file["path"] in paths for file in group):
         return []  # another commit removed one of them: the next run starts from what is there
     rows = pa.concat_tables([read_rows(gallery, file["path"]) for file in group]).sort_by("uri")
     action, _ = write_rows(gallery, rows, COMPACT, data_change=False)
     return [*(make_remove_action(file["path"], data_change=False) for file in group), action]
+
+
+def fold_marks(gallery: Gallery, commit: Committer, everything: bool = False) -> int:
+    """Fold marks into the rows that they belong to, if there are many. Other programs then see what the marks say.
+
+    Args:
+        gallery: the gallery.
+        commit: commits the change, in several transactions.
+        everything: fold them even if there are few.
+
+    Returns:
+        How many files were written anew.
+    """
+    if not needs_folding(gallery, everything=everything):
+        return 0
+    uris = gallery.marks.images["uri"]
+    plan = plan_rewrite_of_uris(uris.to_pylist(), lambda rows, mask: rows, data_change=False)
+    files = [file for file in gallery.files() if plan.may_match(file)]
+    by_uri = sorted(files, key=lambda file: (file["min.uri"] or "", file["path"]))
+    folded = 0
+    for group in _split_files(by_uri, _FOLDED_BYTES):
+        fold = _FoldGroup(gallery.path, plan, frozenset(file["path"] for file in group))
+        commit.commit_actions(fold, {"job": "compact"})
+        folded += fold.files
+    return folded
+
+
+class _FoldGroup:
+    """Makes the actions that fold marks into some files.
+
+    Attributes:
+        files: How many files the last call has written anew.
+    """
+
+    def __init__(self, gallery: str, plan: Rewrite, paths: frozenset[str]):
+        self.files = 0
+        self._gallery = gallery
+        self._plan = replace(plan, may_match=lambda file: file["path"] in paths)
+
+    def __call__(self) -> list[Action]:
+        actions = list(rewrite_files(Gallery(self._gallery), self._plan))
+        self.files = sum(isinstance(action, AddAction) for action in actions)
+        return actions
+
+
+def needs_folding(gallery: Gallery, *, everything: bool = False) -> bool:
+    """Tell whether a gallery has so many marks that they are folded into its rows.
+
+    Args:
+        gallery: the gallery.
+        everything: whether a few are enough.
+    """
+    count = len(gallery.marks)
+    rows = gallery.count_totals().rows
+    return count > 0 and (everything or count > _FOLDED_SHARE * rows or count > MOST_MARKS / 2)

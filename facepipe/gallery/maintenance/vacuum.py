@@ -13,8 +13,9 @@ from urllib.parse import unquote
 
 from facepipe import storage
 from facepipe.gallery.commits.committer import fence_commits
-from facepipe.gallery.commits.log import LOG, SCRATCH, UNFINISHED, write_checkpoint
+from facepipe.gallery.commits.log import LOG, OUTDATED, SCRATCH, UNFINISHED, write_checkpoint
 from facepipe.gallery.commits.parts import is_part
+from facepipe.gallery.marks import is_marks_file
 from facepipe.gallery.table import Gallery
 from facepipe.storage.inside import is_link
 from facepipe.storage.lease import Lease, hold_lease
@@ -71,13 +72,13 @@ def _select_unreferenced(
 
 def _split_unnamed(gallery: Gallery, entries: list[storage.Entry]) -> tuple[list[storage.Entry], list[storage.Entry]]:
     """Split the files that the table does not name into parts and others."""
-    named = {file["path"] for file in gallery.files()}
+    named = {*gallery.list_paths(), gallery.marks_file}
     parts: list[storage.Entry] = []
     others: list[storage.Entry] = []
     for entry in entries:
         name = _get_name(gallery, entry)
         if name not in named:
-            (parts if is_part(name) else others).append(entry)
+            (parts if is_part(name) or is_marks_file(name) else others).append(entry)
     return parts, others
 
 
@@ -94,13 +95,15 @@ def list_log(gallery: Gallery) -> Iterator[storage.Entry]:
 
 
 def _read_removed_since(gallery: Gallery, time_s: float) -> Iterator[str]:
-    """Yield the files that left the table after a time; the log's file of a version is as old as the version."""
+    """Yield the files, and marks, that left the table after a time. An entry is as old as its version."""
     for entry in list_log(gallery):
         if entry.url.endswith(".json") and entry.modified > time_s:
             for line in storage.read(entry.url).splitlines():
-                action = json.loads(line).get("remove")
-                if action:
-                    yield unquote(action["path"])
+                action = json.loads(line)
+                if action.get("remove"):
+                    yield unquote(action["remove"]["path"])
+                elif OUTDATED in (action.get("commitInfo") or {}):
+                    yield action["commitInfo"][OUTDATED]
 
 
 def claim_unreferenced(gallery: str, lease: Lease, older_than: float = 0.0) -> list[storage.Entry]:

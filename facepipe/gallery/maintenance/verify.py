@@ -16,6 +16,7 @@ from facepipe.arrow import to_vectors
 from facepipe.errors import StorageError
 from facepipe.gallery.commits.log import list_empty_entries
 from facepipe.gallery.commits.parts import parse_digest
+from facepipe.gallery.marks import NO_MARKS
 from facepipe.gallery.table import Gallery
 from facepipe.hashing import compute_face_id, hash64_column
 from facepipe.schema import OK, STATUSES, UNKNOWN_URI, conform
@@ -69,6 +70,11 @@ def verify_gallery(gallery: Gallery) -> Verification:
         result.add(
             f"{upload.url}: an upload of it never ended: `facepipe compact`, `index` and reports delete its parts"
         )
+    try:
+        marked = gallery.marks.images["uri"]
+    except StorageError as error:
+        result.add(f"{gallery.marks_file}: {error}")
+        marked = NO_MARKS.images["uri"]
     # Both tables cover all files, so that repetitions across files are found.
     ranges = gallery.read_text_ranges()
     with closing(HashTable()) as ids, closing(HashTable()) as uris:
@@ -81,6 +87,9 @@ def verify_gallery(gallery: Gallery) -> Verification:
                 continue
             _check_text(gallery.path, file["path"], table, ranges[file["path"]], result)
             _check_rows(file["path"], table, ids, uris, gallery.dim, result)
+        strays = int((~uris.get(hash64_column(marked))[0]).sum())
+        if strays:
+            result.add(f"{gallery.marks_file}: {strays} marks of images that the table does not hold")
     return result
 
 

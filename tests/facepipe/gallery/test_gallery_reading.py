@@ -10,12 +10,16 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pytest
 from helpers import embed
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow.fs import LocalFileSystem
 
 from facepipe.arrow import to_float_lists
 from facepipe.gallery import Gallery
 from facepipe.gallery import table as module
 from facepipe.gallery.changes import PartialGallery
 from facepipe.gallery.commits.parts import PartRecord, write_part
+from facepipe.gallery.file_bounds import FileBounds
 from facepipe.schema import FACES, NEVER_STORED, OK, TOUCHED, UNCHANGED, conform
 
 FILTERS = {
@@ -37,13 +41,13 @@ def test_only_the_ranges_of_named_columns_are_opened(
     text: str | None, gallery: Gallery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Collection[str] | None] = []
-    opened = Gallery.open_all_rows
+    split = Gallery._split_files
     monkeypatch.setattr(
-        Gallery, "open_all_rows", lambda self, ranges=None: asked.append(ranges) or opened(self, ranges)
+        Gallery, "_split_files", lambda self, ranges, where: asked.append(ranges) or split(self, ranges, where)
     )
     found = gallery.to_arrow(["uri", "face_index"], text)
     assert set(asked[0] or ()) == set(FILTERS.get(text or "", ()))
-    everything = opened(gallery).to_table(["uri", "face_index"], filter=module.to_filter(text))
+    everything = gallery.open_all_rows().to_table(["uri", "face_index"], filter=module.to_filter(text))
     assert found.sort_by("uri").num_rows == everything.num_rows
 
 
@@ -109,3 +113,57 @@ def test_files_are_read_a_few_at_a_time(where: str | None, gallery: Gallery, mon
     ours = [n for n in groups if n <= 2]
     assert len(ours) == -(-len(list(gallery.dataset().get_fragments(filter=module.to_filter(where)))) // 2)
     assert len(ours) > 2
+
+
+def test_guarantees_pass_over_what_deltalake_passes_over_and_no_more(gallery: Gallery) -> None:
+    """Columns with some, only or no nulls, and of every type with a range."""
+    filters = [
+        "identity is null",
+        "identity is not null",
+        "face_id is null",
+        "missing_since is not null",
+        "missing_since is null",
+        "error = 'nothing'",
+        "det_score < 0",
+        "face_index = 1",
+        "width > 96 and status = 'ok'",
+        "ingested_at > '2020-01-01' or failed_with is not null",
+        "identity in ('person1', 'person2') and uri > 'm'",
+    ]
+    for text in filters:
+        where = module.to_filter(text)
+        expected = gallery.open_all_rows().to_table(["uri", "face_index"], filter=where)
+        assert gallery.to_arrow(["uri", "face_index"], where).num_rows == expected.num_rows, text
+
+
+@given(
+    values=st.lists(st.one_of(st.none(), st.integers(-3, 3)), min_size=1, max_size=4),
+    low=st.integers(-4, 4),
+    knows_nulls=st.booleans(),
+)
+def test_a_guarantee_never_hides_a_row(values: list[int | None], low: int, knows_nulls: bool) -> None:
+    """Whatever the log says of a file, no filter passes over a file that holds a row for it."""
+    column = pa.array(values, pa.int16())
+    limits = pc.min_max(column)
+    actions = pa.table(
+        {
+            "path": ["f"],
+            "num_records": [len(values)],
+            "min.face_index": pa.array([limits["min"].as_py()], pa.int64()),
+            "max.face_index": pa.array([limits["max"].as_py()], pa.int64()),
+            "null_count.face_index": pa.array([column.null_count if knows_nulls else None], pa.int64()),
+        }
+    )
+    guarantee = FileBounds(actions, ["face_index"], []).get_guarantee(0)
+    rows = pa.table({"face_index": column})
+    files = LocalFileSystem()
+    file_format = ds.ParquetFileFormat()
+    fragment = file_format.make_fragment("absent.parquet", files, partition_expression=guarantee)
+    dataset = ds.FileSystemDataset([fragment], FACES, file_format, files)
+    field = ds.field("face_index")
+    for where in (field > low, field == low, field.is_null(), field.is_valid(), ~(field < low) | field.is_null()):
+        is_opened = bool(list(dataset.get_fragments(filter=where)))
+        assert is_opened or not rows.filter(where).num_rows
+        # What the log knows is used: no file is opened for values beyond its own.
+        if knows_nulls and column.null_count == 0 and low > 3:
+            assert not list(dataset.get_fragments(filter=field > low))

@@ -321,7 +321,7 @@ def test_what_is_old_is_not_read(gallery: Gallery, monkeypatch: pytest.MonkeyPat
         raise AssertionError(f"all rows were asked for {columns}")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Gallery, "open_all_rows", read)
+        patched.setattr(Gallery, "_split_files", read)
         with pytest.raises(AssertionError, match="all rows"):
             run(gallery.path)  # the new files are read by way of the table's list of files
     old = {file["path"] for file in Gallery(gallery.path, 1).files()}
