@@ -146,6 +146,8 @@ class Gallery:
         self._marks: Marks | None = None
         try:
             self._table = open_table(self.faces_folder, version)
+            # deltalake looks into the log again for it, which an erasure may have cleaned by then.
+            self._marks_number = self.get_transaction(TRANSACTION)
         except TableNotFoundError as error:
             if version is not None and self.exists(self.path):
                 _require_version(self.path, self.faces_folder, version)
@@ -237,6 +239,7 @@ class Gallery:
         except ConflictError as error:
             raise GalleryBusyError(f"another run has written to {self.path!r} since this one began") from error
         self._table.update_incremental()
+        self._marks_number = self.get_transaction(TRANSACTION)
         self._marks = None
 
     @property
@@ -279,11 +282,10 @@ class Gallery:
             StorageError: it cannot be read.
         """
         if self._marks is None:
-            number = self._read_marks_number()
             try:
-                self._marks = read_marks(self.faces_folder, number)
+                self._marks = read_marks(self.faces_folder, self._marks_number)
             except StorageError as error:
-                if Gallery(self.path)._read_marks_number() != number:
+                if Gallery(self.path).marks_file != self.marks_file:
                     raise StorageError(
                         f"the gallery {self.path!r} was changed while version {self.version} was read: open it again"
                     ) from error
@@ -293,11 +295,23 @@ class Gallery:
     @property
     def marks_file(self) -> str | None:
         """Name of the file with the marks, below the table's folder; None if there are no marks."""
-        number = self._read_marks_number()
-        return format_name(number) if number else None
+        return format_name(self._marks_number) if self._marks_number else None
 
-    def _read_marks_number(self) -> int:
-        return int(self._table.transaction_version(TRANSACTION) or 0)
+    def get_transaction(self, name: str) -> int:
+        """Get the number of the last transaction of a run, or of another name, in the table's log; 0 if it has none.
+
+        Raises:
+            DeltaError: the log was cleaned since the table was opened.
+        """
+        return int(self._table.transaction_version(name) or 0)
+
+    def require_writable(self) -> None:
+        """Require that another program has not changed the table in a way that facepipe cannot write.
+
+        Raises:
+            GalleryError: it has.
+        """
+        log.require_known_protocol(self.faces_folder, self._table)
 
     def set_property(self, name: str, value: str) -> None:
         """Set a property of the table, in a commit of its own."""

@@ -35,7 +35,7 @@ from facepipe.gallery.maintenance import vacuum
 from facepipe.observe.info import describe_gallery
 from facepipe.storage.lease import hold_lease
 
-STEPS = ("open", "files", "names", "totals", "scan", "info", "unnamed", "commits", "history")
+STEPS = ("open", "files", "names", "totals", "first", "scan", "info", "unnamed", "commits", "history")
 PER_ENTRY = 25_000
 LINKS = 50_000  # that a file may have: ext4 allows 65,000
 
@@ -89,11 +89,13 @@ def run_step(step: str, path: str) -> None:
         assert gallery is not None
         commit = Committer(gallery, f"run-{time.time_ns()}")
         statistics = compute_statistics(make_row())
+        data = encode_parquet(make_row())
 
         def commit_twenty() -> None:
             for number in range(20):
-                path = f"part-bench-{time.time_ns()}-{number:032x}.parquet"
-                commit([PartRecord(0, path=path, size=1, stats=statistics)], {})
+                name = f"part-bench-{time.time_ns()}-{number:032x}.parquet"
+                Path(gallery.faces_folder, name).write_bytes(data)
+                commit([PartRecord(0, path=name, size=len(data), stats=statistics)], {})
 
         measure("20 commits", commit_twenty)
         return
@@ -102,6 +104,7 @@ def run_step(step: str, path: str) -> None:
         "files": lambda: gallery.files(),
         "names": lambda: gallery.list_paths(),
         "totals": lambda: gallery.count_totals(),
+        "first": lambda: next(gallery.batches(["uri", "identity"])),
         "scan": lambda: sum(batch.num_rows for batch in gallery.batches(["uri", "identity"])),
         "info": lambda: describe_gallery(gallery),
     }

@@ -55,11 +55,11 @@ class Committer:
         # The marks that were read last, and their number.
         self._marks: Marks = NO_MARKS
         self._marks_number = 0
-        # The version that the caller read. A commit of another run since then must not be overlooked.
-        self._seen_version = gallery.version
-        with _map_errors(gallery.path):
-            self._table = reopen_table(gallery.faces_folder)
-        log.require_known_protocol(gallery.faces_folder, self._table)
+        # How far the log is known. It is followed entry by entry: to open a table of very many files takes seconds. It
+        # begins with what the caller read, so that a commit of another run since then is not overlooked.
+        self._version = gallery.version
+        self._numbers = _read_numbers(gallery, (run, TRANSACTION))
+        gallery.require_writable()
         # What this run takes for committed must not be lost, even if a run that was killed has written it.
         log.sync_log(gallery.faces_folder)
 
@@ -129,7 +129,7 @@ class Committer:
         with self.exclude_commits(), _delay_signals():
             # Each attempt plans against the newest version, because the last one may have been overtaken.
             for _ in range(_MAX_ATTEMPTS):
-                self._read_new_commits()
+                self._check_new_commits()
                 actions = make_actions()
                 if not actions:
                     return
@@ -162,7 +162,7 @@ class Committer:
         """
         with self.exclude_commits(), _delay_signals():
             for _ in range(_MAX_ATTEMPTS):
-                self._read_new_commits()
+                self._check_new_commits()
                 if self._commit_next([], {"job": FENCE}):
                     return
         raise GalleryBusyError(f"others keep writing to {self.gallery.path!r}: {_MAX_ATTEMPTS} commits were overtaken")
@@ -174,7 +174,7 @@ class Committer:
         if self._lease:
             self._lease.renew()
             metadata = {**metadata, _LEASE_KEY: self._lease.id}
-        if not self._try_commit(actions, self._read_own_number() + 1, metadata, properties):
+        if not self._try_commit(actions, self._numbers[self.run] + 1, metadata, properties):
             return False
         self.commits += 1
         if self._lease:
@@ -186,10 +186,10 @@ class Committer:
     ) -> bool:
         """Commit as the next version; False if another commit took it."""
         folder = self.gallery.faces_folder
-        version = self._table.version() + 1
+        version = self._version + 1
         # The transaction's number tells after a lost answer whether the commit is in the table.
         file_actions = [action for action in actions if isinstance(action, AddAction | RemoveAction)]
-        changed = [log.make_property_action(self._table, properties)] if properties else []
+        changed = [log.make_property_action(reopen_table(folder), properties)] if properties else []
         entry = [*changed, *map(log.encode_action, file_actions), log.encode_transaction(self.run, number)]
         info = {_METADATA_KEY: json.dumps({"run": self.run, "commit": number, **metadata})}
         old_marks, new_marks = self._change_marks(actions)
@@ -206,6 +206,9 @@ class Committer:
             if not (storage.is_remote(folder) and self._is_committed(number)):
                 raise StorageError(f"cannot commit to {self.gallery.path!r}: {error}") from error
         self._require_accepted(version, number)
+        self._version = version
+        self._numbers[self.run] = number
+        self._numbers[TRANSACTION] = new_marks
         if log.is_checkpoint_due(version):
             log.write_checkpoint(folder, self._lease)
             with _map_errors(self.gallery.path):
@@ -214,8 +217,7 @@ class Committer:
 
     def _change_marks(self, actions: list[Action]) -> tuple[int, int]:
         """Write the marks that the table has after some actions. Returns the number of the old ones and of the new."""
-        with _map_errors(self.gallery.path):
-            old = int(self._table.transaction_version(TRANSACTION) or 0)
+        old = self._numbers[TRANSACTION]
         added = [action.images for action in actions if isinstance(action, MarkImages)]
         removed = [action.path for action in actions if isinstance(action, RemoveAction)]
         if not added and not (old and removed):
@@ -256,31 +258,56 @@ class Committer:
         )
 
     def _is_committed(self, number: int) -> bool:
-        with _map_errors(self.gallery.path):
-            self._table.update_incremental()
-        return self._read_own_number() >= number
+        return any(
+            action["txn"]["appId"] == self.run and action["txn"]["version"] >= number
+            for entry in log.read_entries(self.gallery.faces_folder, self._version)
+            for action in entry
+            if "txn" in action
+        )
 
-    def _read_own_number(self) -> int:
-        """Read the number of this run's last commit from the table, which knows it even after an interruption."""
-        with _map_errors(self.gallery.path):
-            return self._table.transaction_version(self.run) or 0
-
-    def _read_new_commits(self) -> None:
-        """Bring the table up to date. Raises GalleryBusyError if another run has committed to it."""
-        with _map_errors(self.gallery.path):
-            self._table.update_incremental()
-            new_versions = self._table.version() - self._seen_version
-            entries = self._table.history(new_versions) if new_versions > 0 else []
-        # Only this run, its lease, and commits without a run may have written since.
-        for entry in entries:
-            if _METADATA_KEY in entry and not self._is_own(json.loads(entry[_METADATA_KEY])):
+    def _check_new_commits(self) -> None:
+        """Follow the log to its end. Raises GalleryBusyError if another run has committed to it."""
+        for info in self._read_new_commits():
+            # Only this run, its lease, and commits without a run may have written since.
+            if _METADATA_KEY in info and not self._is_own(json.loads(info[_METADATA_KEY])):
                 raise self._make_busy_error()
-        self._seen_version = self._table.version()
+
+    def _read_new_commits(self) -> list[dict[str, Any]]:
+        """Follow the log to its end, and return what the new entries say of themselves."""
+        folder = self.gallery.faces_folder
+        infos = []
+        for entry in log.read_entries(folder, self._version):
+            self._version += 1
+            for action in entry:
+                if "commitInfo" in action:
+                    infos.append(action["commitInfo"])
+                elif "txn" in action and action["txn"]["appId"] in self._numbers:
+                    self._numbers[action["txn"]["appId"]] = int(action["txn"]["version"])
+                elif "protocol" in action:
+                    Gallery(self.gallery.path).require_writable()
+        if log.has_later_version(folder, self._version):
+            # Entries in between were deleted, and a checkpoint stands for them.
+            with _map_errors(self.gallery.path):
+                table = reopen_table(folder)
+                infos += table.history(max(1, table.version() - self._version))
+                self._version = table.version()
+                self._numbers = {name: int(table.transaction_version(name) or 0) for name in self._numbers}
+        return infos
 
     def _is_own(self, metadata: dict[str, Any]) -> bool:
         """Tell whether a commit was made by this run, or under its lease."""
         is_under_lease = self._lease is not None and metadata.get(_LEASE_KEY) == self._lease.id
         return metadata["run"] == self.run or is_under_lease
+
+
+def _read_numbers(gallery: Gallery, names: tuple[str, ...]) -> dict[str, int]:
+    """Read the numbers of the last transactions of some names."""
+    try:
+        return {name: gallery.get_transaction(name) for name in names}
+    except DeltaError:  # the log was cleaned since the gallery was opened
+        with _map_errors(gallery.path):
+            table = reopen_table(gallery.faces_folder)
+            return {name: int(table.transaction_version(name) or 0) for name in names}
 
 
 def fence_commits(gallery: str, lease: Lease) -> None:

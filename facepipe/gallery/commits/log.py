@@ -11,10 +11,12 @@ import os
 import re
 import secrets
 import shutil
+import subprocess
+import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -63,6 +65,16 @@ UNFINISHED = re.compile(
 """The names of what a writer leaves in the log if it is killed in a commit."""
 _CHECKPOINT_NAME = "{:020d}.checkpoint.parquet"
 _VERSIONED = re.compile(r"(\d{20})\.(?:json|checkpoint(?:\.\d+\.\d+)?\.parquet)")
+
+# Bytes of a log from which checkpoints are made in a process of their own.
+_LARGE_LOG = 16 << 20
+_CHECKPOINT_SCRIPT = """
+import sys
+from deltalake import DeltaTable
+table = DeltaTable(sys.argv[1])
+table.create_checkpoint()
+print(table.version())
+"""
 
 # Checkpoints of a process are made in one scratch folder.
 _one_at_a_time = threading.Lock()
@@ -261,14 +273,36 @@ def find_last_equal_version(folder: str, version: int) -> int:
         folder: path or URL of the table.
         version: a version whose next entries are still there, if there are any.
     """
-    while True:
-        entry = conditional.read_tagged(storage.join(folder, LOG, f"{version + 1:020d}.json"))
-        if entry is None:
-            return version
-        actions = [json.loads(line) for line in entry[0].splitlines() if line.strip()]
+    for actions in read_entries(folder, version):
         if any("add" in action or "remove" in action for action in actions):
-            return version
+            break
         version += 1
+    return version
+
+
+def read_entries(folder: str, version: int) -> Iterator[list[JsonAction]]:
+    """Read the entries after a version, up to the first that is not there.
+
+    Args:
+        folder: path or URL of the table.
+        version: the version.
+
+    Yields:
+        The actions of each entry.
+
+    Raises:
+        StorageError: an entry cannot be read.
+    """
+    while True:
+        version += 1
+        path = storage.join(folder, LOG, f"{version:020d}.json")
+        entry = conditional.read_tagged(path)
+        if entry is None:
+            return
+        try:
+            yield [json.loads(line) for line in entry[0].splitlines() if line.strip()]
+        except ValueError as error:
+            raise StorageError(f"{path!r} is damaged: it is not an entry of a table's log") from error
 
 
 def list_empty_entries(folder: str) -> list[str]:
@@ -339,9 +373,7 @@ def _write_local_checkpoint(folder: str, lease: Lease | None) -> int:
         made = os.path.join(scratch, LOG)
         os.makedirs(made)
         _link_needed_files(log, made)
-        table = DeltaTable(find_table_path(scratch))
-        version = int(table.version())
-        table.create_checkpoint()
+        version = _make_checkpoint(find_table_path(scratch), made)
         name = _CHECKPOINT_NAME.format(version)
         checkpoint = os.path.join(made, name)
         hint = os.path.join(scratch, _HINT)  # that in `made` may be a link to the present one
@@ -363,6 +395,27 @@ def _write_local_checkpoint(folder: str, lease: Lease | None) -> int:
         shutil.rmtree(scratch, ignore_errors=True)
         with suppress(OSError):  # another run has begun to make one
             os.rmdir(parent)
+
+
+def _make_checkpoint(table: str, log: str) -> int:
+    """Make a checkpoint of a table; return its version.
+
+    Args:
+        table: path of the table.
+        log: path of its log.
+    """
+    if sum(entry.stat().st_size for entry in os.scandir(log)) < _LARGE_LOG:
+        opened = DeltaTable(table)
+        opened.create_checkpoint()
+        return int(opened.version())
+    # deltalake keeps what it has held, some 10 kB per file of the table. A process of its own gives it back.
+    command = [sys.executable, "-c", _CHECKPOINT_SCRIPT, table]
+    # In a session of its own, Ctrl-C does not end it: a commit is finished first.
+    child = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
+    if child.returncode:
+        lines = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]
+        raise OSError(f"the process that makes it failed: {lines[-1]}")
+    return int(child.stdout)
 
 
 def _make_hint(version: int, checkpoint: "BinaryIO | pa.NativeFile") -> bytes:

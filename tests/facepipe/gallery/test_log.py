@@ -19,7 +19,7 @@ from deltalake.transaction import AddAction
 from powercut import SyncedState
 
 from facepipe import storage
-from facepipe.errors import GalleryError, StorageError
+from facepipe.errors import GalleryBusyError, GalleryError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.gallery.commits import log
 from facepipe.gallery.commits.committer import Committer
@@ -32,10 +32,15 @@ from facepipe.storage.conditional import ConflictError
 from facepipe.storage.lease import hold_lease
 
 
+def draw_rows(seed: int, count: int = 3) -> pa.Table:
+    """Draw rows of a file."""
+    ids, vectors = next(Faces(seed=seed).blocks(count))
+    return face_rows(ids, vectors, seed * 100)
+
+
 def add_rows(gallery: Gallery, commit: Committer, seed: int, count: int = 3) -> str:
     """Commit a file of rows; return its name."""
-    ids, vectors = next(Faces(seed=seed).blocks(count))
-    action, name = write_rows(gallery, face_rows(ids, vectors, seed * 100), "test", True)
+    action, name = write_rows(gallery, draw_rows(seed, count), "test", True)
     commit([PartRecord(0, path=name, size=action.size, stats=action.stats)], {"seed": seed})
     return name
 
@@ -96,6 +101,63 @@ def test_a_stock_reader_reads_what_random_commits_wrote(gallery: Gallery, monkey
     with hold_lease(gallery.path) as lease:
         delete_history(Gallery(gallery.path), lease)
     assert list_files(gallery) == expected[-1]
+
+
+def test_commits_open_no_table(local: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To open a table of very many files takes seconds, so a run follows the log entry by entry."""
+    commit = Committer(local, "run")
+    prepared = [write_rows(local, draw_rows(seed), "test", True) for seed in range(3)]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a table was opened")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("facepipe.gallery.table.DeltaTable", refuse)
+        for n, (action, name) in enumerate(prepared):
+            commit([PartRecord(n, path=name, size=action.size, stats=action.stats)], {})
+    assert list_files(local) == {name for _, name in prepared}
+    # A second run of the same gallery goes on where the first one is, and its own commits are known to it.
+    other = Committer(Gallery(local.path), "other")
+    add_rows(local, other, seed=7)
+    add_rows(local, other, seed=8)
+    assert DeltaTable(local.faces_folder).transaction_version("other") == 2
+    with pytest.raises(GalleryBusyError):
+        add_rows(local, commit, seed=9)
+
+
+def test_a_run_goes_on_after_its_log_was_cleaned(gallery: Gallery) -> None:
+    """An erasure that a run carries out deletes the older log while the run goes on."""
+    commit = Committer(gallery, "run")
+    names = {add_rows(gallery, commit, seed=n) for n in range(2)}
+    reader = Gallery(gallery.path)
+    stale = Committer(reader, "late")  # knows nothing of the entries that are deleted now
+    with hold_lease(gallery.path) as lease:
+        delete_history(Gallery(gallery.path), lease)
+    # Who has opened the gallery before reads on, and may begin to write.
+    assert reader.to_arrow(["uri", "missing_since"]).num_rows == 6
+    names.add(add_rows(gallery, Committer(reader, "late"), seed=5))
+    assert list_files(gallery) == names
+    # The first run has lost its lease meanwhile; a run under the same id goes on.
+    with pytest.raises(GalleryBusyError):
+        add_rows(gallery, commit, seed=2)
+    names.add(add_rows(gallery, stale, seed=3))
+    assert list_files(gallery) == names
+    table = DeltaTable(gallery.faces_folder, storage_options={"allow_http": "true"})
+    assert (table.transaction_version("run"), table.transaction_version("late")) == (2, 2)
+
+
+def test_a_checkpoint_of_a_large_log_is_made_by_a_process_of_its_own(
+    local: Gallery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {add_rows(local, Committer(Gallery(local.path), "run"), seed=n) for n in range(2)}
+    monkeypatch.setattr(log, "_LARGE_LOG", 0)
+    with hold_lease(local.path) as lease:
+        delete_history(Gallery(local.path), lease)
+    assert list_files(local) == names
+    monkeypatch.setattr(log, "_CHECKPOINT_SCRIPT", "raise SystemExit('no room')")
+    with hold_lease(local.path) as lease, pytest.raises(StorageError, match="no room"):
+        log.write_checkpoint(local.faces_folder, lease)
+    assert list_files(local) == names
 
 
 def test_of_writers_of_one_version_one_wins(gallery: Gallery) -> None:
