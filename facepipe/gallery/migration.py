@@ -21,7 +21,7 @@ from facepipe.gallery.changes import PartialGallery
 from facepipe.gallery.commits.committer import Committer
 from facepipe.gallery.commits.log import LOG
 from facepipe.gallery.commits.parts import compute_statistics
-from facepipe.gallery.commits.rewrite import Action, make_add_action, make_remove_action, read_rows
+from facepipe.gallery.commits.rewrite import Action, MarkImages, make_add_action, make_remove_action, read_rows
 from facepipe.gallery.contract import CONTRACT_PROPERTY
 from facepipe.gallery.table import Gallery
 from facepipe.hashing import hash64_column
@@ -192,6 +192,8 @@ def commit_switch(first: Gallery, second: Gallery, commit: Committer) -> None:
         _bring_file(second, first, file["path"])
         stats = compute_statistics(read_rows(second, file["path"]))
         added.append(make_add_action(file["path"], file["size_bytes"], stats))
+    if len(second.marks):
+        added.append(MarkImages(second.marks.images))
 
     def make_actions() -> list[Action]:
         removed = [make_remove_action(file["path"]) for file in Gallery(first.path).files()]

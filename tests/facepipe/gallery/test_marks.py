@@ -26,7 +26,7 @@ from facepipe.gallery.maintenance.vacuum import claim_unreferenced, delete_files
 from facepipe.gallery.maintenance.verify import verify_gallery
 from facepipe.gallery.marks import FOLDER, MARKED, NO_MARKS, SCHEMA, Marks, make_marks
 from facepipe.hashing import compute_face_id
-from facepipe.schema import EMBEDDING_DIM, FACES, OK, conform
+from facepipe.schema import FACES, OK, conform
 from facepipe.storage.lease import hold_lease
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -54,7 +54,7 @@ class History:
         """Commit a part with two faces per image."""
         self.step += 1
         count = 2 * len(uris)
-        vectors = np.random.default_rng(self.step).standard_normal((count, EMBEDDING_DIM)).astype(np.float32)
+        vectors = np.random.default_rng(self.step).standard_normal((count, 128)).astype(np.float32)
         time = START + timedelta(days=self.step)
         faces = [(uri, n) for uri in uris for n in range(2)]
         columns = {
