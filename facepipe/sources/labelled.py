@@ -11,6 +11,8 @@ from facepipe.sources.number_ranges import NumberRanges
 
 # Items that wait at most until the folders beside theirs are known.
 _MAX_HELD = 100_000
+# The same if all of them lie in folders in folders: photo libraries lie so, and their work is not to wait.
+_MAX_NESTED_HELD = 20_000
 # Folders that a note names.
 _EXAMPLES = 3
 
@@ -107,7 +109,8 @@ class LabelledSource:
                 continue
             held.append(item)
             is_certain = self._levels.is_certain and (self._judge.is_certain or not self._judge.names)
-            if is_certain or len(held) >= _MAX_HELD:
+            most = _MAX_HELD if self._judge.names else _MAX_NESTED_HELD
+            if is_certain or len(held) >= most:
                 self._decide()
                 yield from map(self._drop_folder, held)
                 held = []
