@@ -25,7 +25,8 @@ class LabelCandidates:
         identity: Number of the identity, (m,).
         is_own: Whether the identity is the face's own label, (m,).
         identity_count: Number of identities.
-        has_neighbour: Whether a neighbour of the face has the identity as its label, (m,). By default all have.
+        is_near: Whether the identity is near the face, (m,): it would be a candidate if it were not the label. By
+            default all are.
         is_certain: Whether people have confirmed the candidate, (m,). By default none is certain. A face with a certain
             one has no other.
     """
@@ -34,7 +35,7 @@ class LabelCandidates:
     identity: Int64
     is_own: Bool
     identity_count: int
-    has_neighbour: Bool | None = None
+    is_near: Bool | None = None
     is_certain: Bool | None = None
 
     def __len__(self) -> int:
@@ -74,10 +75,10 @@ def find_candidates(labels: Int64, pairs: Iterable[Pairs]) -> LabelCandidates:
     own = labelled * stride + labels[labelled]
     keys = np.concatenate([near, own[~is_in_sorted(near, own)]])
     keys.sort()
-    has_neighbour = is_in_sorted(near, keys)
+    is_near = is_in_sorted(near, keys)
     face = keys // stride
     identity = keys % stride
-    return LabelCandidates(face, identity, identity == labels[face], identity_count, has_neighbour)
+    return LabelCandidates(face, identity, identity == labels[face], identity_count, is_near)
 
 
 def _list_neighbour_keys(labels: Int64, pairs: Pairs, stride: int) -> Int64:

@@ -20,7 +20,8 @@ from facepipe.curation.cleaning.identities import (
     split_identities,
     summarise_identities,
 )
-from facepipe.curation.cleaning.model import LabelPosteriors, estimate_label_posteriors, weigh_names
+from facepipe.curation.cleaning.model import LabelPosteriors, weigh_names
+from facepipe.curation.cleaning.near_identities import estimate_beyond_graph
 from facepipe.curation.cleaning.neighbours import NearFaces, NearVoters
 from facepipe.curation.clusters.constraints import find_same_photo_pairs
 from facepipe.curation.duplicates import DuplicateRule, find_copies
@@ -122,7 +123,15 @@ def judge_labels(
     candidates = find_candidates(voting, near_voters)
     candidates = decisions.settle(candidates, voter)
     start = _start_probabilities(candidates, parts.is_largest, prior)
-    posteriors = estimate_label_posteriors(faces, candidates, prior, start, threshold=threshold, seed=seed)
+    candidates, posteriors = estimate_beyond_graph(
+        faces,
+        candidates,
+        prior,
+        start,
+        threshold=threshold,
+        seed=seed,
+        settle=lambda found: decisions.settle(found, voter),
+    )
     posteriors = weigh_names(faces, candidates, posteriors, parts.part, prior, threshold=threshold)
 
     # Decide, and overrule the decision to keep for unfit faces.

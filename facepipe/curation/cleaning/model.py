@@ -9,6 +9,7 @@ faces that an identity rests on. The posteriors weight the identities' centres, 
 """
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -26,8 +27,8 @@ _MAX_FOR = 30.0
 _MAX_AGAINST = 7.0
 # Rounds at most, rounds before damping begins, and the change of a probability that ends them.
 _MAX_ROUNDS = 40
-_UNDAMPED_ROUNDS = 8
-_SETTLED_CHANGE = 0.005
+_UNDAMPED_ROUNDS = 3
+_SETTLED_CHANGE = 0.01
 _TRUSTED_ROUNDS = 3  # rounds before the probabilities tell which candidates are strangers
 # The tail of strangers: bins per standard deviation, begin of the fit, fewest samples behind its end, and in all.
 _TAIL_STEP = 0.1
@@ -44,6 +45,7 @@ _MIN_RATE = 1e-3
 _RATE_MASS = 20.0  # faces that the rate of all counts as, for the rate of identities of one size
 _CLAIMED = 0.5  # probability of other identities above which a face is left out of its own one's parts
 _LOG_ODDS_ONE_PERSON = 2.0  # that two parts of an identity are one person, before they are compared
+_MIN_SHARE_ABOVE = 1e-300
 _LOG_ROOT = np.float32(0.5 * np.log(2 * np.pi))  # the constant of a normal log density
 
 
@@ -122,6 +124,23 @@ class StrangerTail:
         fitted = np.minimum.accumulate(fitted)
         total = float(len(similarity) if share is None else share.sum())
         return cls(fitted - np.log(total * _TAIL_STEP))
+
+    @cached_property
+    def log_share_above(self) -> Float64:
+        """Logarithm of the share of strangers above the begin of each bin."""
+        share = np.exp(self.log_density)[::-1].cumsum()[::-1] * _TAIL_STEP
+        return np.asarray(np.log(np.maximum(share, _MIN_SHARE_ABOVE)))
+
+    def compute_share_above(self, deviation: Float32) -> Float64:
+        """Compute the share (m,) of strangers above deviations (m,)."""
+        at = np.clip(deviation / _TAIL_STEP, 0, len(self.log_density) - 1)
+        return np.asarray(np.exp(np.interp(at, np.arange(len(self.log_density)), self.log_share_above)))
+
+    def find_deviation(self, share: Float64) -> Float64:
+        """Find the deviations (m,) above which a share (m,) of strangers lies."""
+        # The share falls with the deviation; np.interp wants it rising.
+        at = np.interp(-np.log(share), -self.log_share_above, np.arange(len(self.log_density)))
+        return np.asarray(at * _TAIL_STEP)
 
     def compute_log_density(self, deviation: Float32) -> Float32:
         """Compute the log density (m,) at deviations (m,) above 0."""
@@ -204,6 +223,8 @@ class LabelPosteriors:
         swapped: Share of labels that are another identity's, of those that there is evidence on.
         unknown: Share of faces that belong to no identity, of those that there is evidence on.
         rounds: One entry per round.
+        tail: Shape of the distribution of impostors; None if it is normal.
+        rates: The shares, by the number of faces that have a label.
     """
 
     probability: Float32
@@ -215,6 +236,8 @@ class LabelPosteriors:
     swapped: float
     unknown: float
     rounds: list[EstimationRound] = field(default_factory=list)
+    tail: StrangerTail | None = None
+    rates: "NoiseRates | None" = None
 
     @property
     def has_settled(self) -> bool:
@@ -230,6 +253,9 @@ def estimate_label_posteriors(
     *,
     threshold: float,
     seed: int = 0,
+    max_rounds: int = _MAX_ROUNDS,
+    rates: "NoiseRates | None" = None,
+    spread: Float32 | None = None,
 ) -> LabelPosteriors:
     """Estimate how likely each face belongs to each of its candidate identities.
 
@@ -241,20 +267,27 @@ def estimate_label_posteriors(
         threshold: similarity at which two faces are as likely one person as two. It is used if the corpus is too small
             or too uniform to show what strangers look like.
         seed: seed of the sample of strangers.
+        max_rounds: rounds at most.
+        rates: shares of wrong labels from an earlier estimation, whose probabilities are the start.
+        spread: how many times as far as usual the strangers of each face reach, (n,). By default 1.
     """
     # Pairs of strangers show how similar faces are to identities that are not theirs.
     strangers = StrangerPairs.sample(candidates, seed)
     no_share = np.zeros(len(strangers.face), np.float32)
     probability, _ = candidates.settle(start.astype(np.float32), np.zeros(len(prior), np.float32))
-    rates = NoiseRates.start(candidates, len(prior))
+    # The probabilities of an earlier estimation tell from the first round which candidates are strangers.
+    trusted_from = _TRUSTED_ROUNDS if rates is None else 0
+    rates = rates or NoiseRates.start(candidates, len(prior))
     rounds: list[EstimationRound] = []
-    for n in range(_MAX_ROUNDS):
+    step = np.ones(len(probability), np.float32)
+    last_move = np.zeros(len(probability), np.float32)
+    for n in range(max_rounds):
         # Maximisation: centres and distributions from the current probabilities.
         labelled = np.where(candidates.is_own, probability, np.float32(0))
         centres = IdentityCentres.from_shares(faces, candidates, labelled)
         similarity, weight = centres.compute_fit(faces, candidates.face, candidates.identity, labelled)
         stranger_similarity, stranger_weight = centres.compute_fit(faces, strangers.face, strangers.identity, no_share)
-        is_stranger = strangers.compute_share(probability, is_known=n >= _TRUSTED_ROUNDS)
+        is_stranger = strangers.compute_share(probability, is_known=n >= trusted_from)
         stranger_normal = _fit_normal(stranger_similarity, stranger_weight, is_stranger)
         genuine, impostor = _fit_distributions(_fit_normal(similarity, weight, probability), stranger_normal, threshold)
         tail = None
@@ -263,12 +296,17 @@ def estimate_label_posteriors(
             tail = StrangerTail.fit(
                 stranger_similarity[has_rest], stranger_weight[has_rest], impostor, is_stranger[has_rest]
             )
-        # Expectation: new probabilities. Damping stops two faces that pull each other's identities to and fro.
-        ratio = compute_log_ratio(genuine, impostor, similarity, weight, tail)
+        # Expectation: new probabilities.
+        reach = None if spread is None else spread[candidates.face]
+        ratio = compute_log_ratio(genuine, impostor, similarity, weight, tail, reach)
         before = probability
         probability, no_identity = _compute_posteriors(candidates, ratio, weight, prior, rates)
         if n >= _UNDAMPED_ROUNDS:
-            probability = np.asarray((probability + before) / 2, np.float32)
+            # Two faces may pull each other's identities to and fro. What turns back moves half as far each time.
+            move = probability - before
+            step[move * last_move < 0] /= 2
+            last_move = move
+            probability = before + step * move
         rates = rates.update(candidates, probability, no_identity, weight, prior)
         change = float(np.abs(probability - before).max(initial=0))
         rounds.append(EstimationRound(rates.overall_swapped, rates.overall_unknown, change))
@@ -284,6 +322,8 @@ def estimate_label_posteriors(
         swapped=rates.overall_swapped,
         unknown=rates.overall_unknown,
         rounds=rounds,
+        tail=tail,
+        rates=rates,
     )
 
 
@@ -385,17 +425,22 @@ class NoiseRates:
 
 def _estimate_missed(candidates: LabelCandidates, probability: Float32, weight: Float32) -> float:
     """Estimate the share of faces without a neighbour in their own identity, from right labels."""
-    if candidates.has_neighbour is None:
+    if candidates.is_near is None:
         return 0.0
     solid = candidates.is_own & (weight >= 1)
     right = probability[solid].astype(np.float64)
     if right.sum() < _MIN_MASS:
         return 0.0
-    return float(right[~candidates.has_neighbour[solid]].sum() / right.sum())
+    return float(right[~candidates.is_near[solid]].sum() / right.sum())
 
 
 def compute_log_ratio(
-    genuine: Normal, impostor: Normal, similarity: Float32, weight: Float32, tail: StrangerTail | None = None
+    genuine: Normal,
+    impostor: Normal,
+    similarity: Float32,
+    weight: Float32,
+    tail: StrangerTail | None = None,
+    spread: Float32 | None = None,
 ) -> Float32:
     """Compute the log likelihood ratio (m,) of belonging to the identity against not belonging to it.
 
@@ -408,6 +453,7 @@ def compute_log_ratio(
         similarity: mean similarity to the identity, (m,).
         weight: number of faces that this rests on, (m,).
         tail: shape of the distribution of strangers; by default it is normal, and counts up to the genuine mean only.
+        spread: how many times as far as usual the strangers of the face reach, (m,). By default 1.
     """
     capped = np.minimum(similarity, np.float32(genuine.mean))
     ratio = genuine.compute_log_density(capped, weight) - impostor.compute_log_density(capped, weight)
@@ -417,7 +463,11 @@ def compute_log_ratio(
         above = deviation > 0
         log_genuine = genuine.compute_log_density(capped, weight) - _LOG_ROOT
         log_scale = 0.5 * np.log(impostor.compute_variance(weight))
-        ratio = np.where(above, log_genuine + log_scale - tail.compute_log_density(deviation), ratio)
+        if spread is None:
+            log_strangers = tail.compute_log_density(deviation)
+        else:
+            log_strangers = tail.compute_log_density(deviation / spread) - np.log(spread)
+        ratio = np.where(above, log_genuine + log_scale - log_strangers, ratio)
     ratio = np.clip(ratio, -_MAX_AGAINST, _MAX_FOR)
     # An identity that rests on less than a face says as much less: without the face it would say nothing.
     weight = np.minimum(weight, 1)

@@ -1,7 +1,7 @@
 """What a gallery itself tells about its faces: how crowded each is, and from which similarity two are one person."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -156,9 +156,17 @@ def draw_part(vectors: Float32, seed: int, fit: Int64 | None = None) -> Float32:
 def _estimate(
     vectors: Float32, fit: Int64, sample: Int64, options: CalibrationOptions, compute_density: ComputeDensity
 ) -> Calibration | None:
-    """Estimate densities and threshold by fit faces; None if they do not show what strangers look like."""
+    """Estimate densities and threshold by fit faces; None if they do not show what strangers look like.
+
+    A threshold that is given replaces the one found. The densities stay those of the persons that the data show.
+    """
     if len(fit) < _MIN_FACES:
         return None
+    if options.threshold:
+        found = _estimate(vectors, fit, sample, replace(options, threshold=None), compute_density)
+        if found is not None:
+            given = Threshold.from_distance(options.threshold, float(found.density.mean()))
+            return replace(found, threshold=given)
     whole = Cohort.draw(vectors, options.seed, fit).vectors
     part = draw_part(whole, options.seed)
     # Guesses at the persons of the cohort: by the model's own distance, and by a tree that is cut.

@@ -36,9 +36,9 @@ from facepipe.curation.cleaning.model import (
     Normal,
     StrangerTail,
     compute_log_ratio,
-    estimate_label_posteriors,
     weigh_names,
 )
+from facepipe.curation.cleaning.near_identities import estimate_beyond_graph
 from facepipe.nearest import join as near
 from facepipe.nearest.similarity import Pairs, refine_pairs
 from facepipe.sources.labels import format_label
@@ -98,7 +98,7 @@ def judged(
     pool = find_candidates(made.label, [pairs])
     start = np.where(pool.is_own, np.where(inside.is_largest[pool.face], 1, 0.1), 0).astype(np.float32)
     prior = np.ones(len(made.label), np.float32)
-    belief = estimate_label_posteriors(made.faces, pool, prior, start, threshold=THRESHOLD)
+    pool, belief = estimate_beyond_graph(made.faces, pool, prior, start, threshold=THRESHOLD)
     photo = np.arange(len(made.label)) if photo is None else photo
     return pool, belief, decide_labels(pool, belief, photo, prior), inside
 
@@ -141,7 +141,7 @@ def test_the_parts_that_pairs_come_in_do_not_count(seed: int, parts: int, waitin
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evidence, "_MIN_WAITING", waiting)
         found = find_candidates(label, repeated)
-    for name in ("face", "identity", "is_own", "has_neighbour"):
+    for name in ("face", "identity", "is_own", "is_near"):
         assert np.array_equal(getattr(found, name), getattr(expected, name)), name
 
 

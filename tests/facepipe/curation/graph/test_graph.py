@@ -451,6 +451,20 @@ def test_a_large_person_does_not_move_the_threshold_of_the_others(large: int) ->
     assert (above & ~same).sum() / above.sum() < 0.3
 
 
+@pytest.mark.parametrize("distance", [0.25, 0.36, 0.5])
+def test_a_threshold_that_is_set_does_not_move_the_densities(distance: float) -> None:
+    """They are those of the persons that the data show: the distance says only from where faces count as one person."""
+    space = DlibLike(5)
+    person = draw_geometric(1500, 2, 5)
+    vectors = space.draw(space.draw_centres(int(person.max()) + 1), person).vectors
+    found = calibrate(vectors, CalibrationOptions(None, 0.25, 0.416, "dlib-resnet", 0))
+    assert found.threshold.estimated
+    given_ = calibrate(vectors, CalibrationOptions(distance, 0.25, 0.416, "dlib-resnet", 0))
+    assert np.array_equal(given_.density, found.density)
+    assert not given_.threshold.estimated
+    assert np.sqrt(2 - 2 * (given_.threshold.similarity + given_.density.mean())) == pytest.approx(distance, abs=1e-5)
+
+
 def test_a_crowd_of_poor_faces_anchors_no_threshold() -> None:
     """The cohort and the threshold are those of the fit faces, whatever the others are."""
     person = draw_geometric(1500, 4, 6)
