@@ -242,3 +242,20 @@ def test_hostile_names_are_escaped(reports: Path, tab: browser.Browser) -> None:
         assert any(title.startswith(f"{name}: ") for title in titles), name
     assert not any(title.startswith("49") for title in titles), "templates in names are not filled"
     assert "\\u{202e}gpj.exe" in tab.run("document.getElementById('list').textContent"), "what turns text is spelt out"
+
+
+def test_dedup_keeps_all_copies_that_people_keep(gallery: Path, tmp_path: Path) -> None:
+    """The answer `No copies: keep all` of the page."""
+    assert run_facepipe("dedup", gallery, "--quiet")[0] == 0
+    drop = gallery / "reports" / "dedup" / "drop.txt"
+    assert len(drop.read_text().splitlines()) == 1
+    ids = Gallery(str(gallery)).to_arrow(["face_id"])["face_id"].to_pylist()
+    lines = [json.dumps({"decision": "keep", "face_id": str(face)}) for face in ids]
+    (tmp_path / "keep.jsonl").write_text("\n".join(lines))
+    assert run_facepipe("apply", gallery, tmp_path / "keep.jsonl")[0] == 0
+    assert run_facepipe("dedup", gallery, "--quiet")[0] == 0
+    assert drop.read_text() == ""
+    # What another gallery holds is dropped all the same.
+    other = Path(shutil.copytree(gallery, tmp_path / "h"))
+    code, out, _ = run_facepipe("dedup", gallery, "--against", other, "--json", "--quiet")
+    assert (code, json.loads(out)["drop"]) == (0, 320)

@@ -15,6 +15,7 @@ from facepipe.curation.graph.nodes import Nodes
 from facepipe.decisions.persons import DecidedFaces
 from facepipe.gallery import Gallery
 from facepipe.schema import FACES
+from facepipe.sorted_lookup import is_in_sorted
 from facepipe.storage.spilled import SPILLED_ROWS, sort_rows, spill_batches, take_rows
 from facepipe.types import Bool, Int64
 
@@ -80,6 +81,10 @@ def add_size_and_side(table: pa.Table, side: int) -> pa.Table:
     return table.append_column("side", pa.array(np.full(table.num_rows, side, np.int8)))
 
 
+KEPT_BY_PEOPLE = 2
+"""Standing of an image that people keep, even beside a copy."""
+
+
 @dataclass(frozen=True)
 class RankedImages:
     """Images of a table of faces, ranked by which one is kept: side 1 first, then by the rule.
@@ -92,7 +97,8 @@ class RankedImages:
         of_face: Number of the image of each row of the table of faces.
         face_counts: Number of faces of each image.
         uri_position: Position of each image in the order of uris, and of one uri by side.
-        standing: Whether people have decided on a face of each image: 1, or -1 if they ignore all of its faces.
+        standing: Whether people have decided on a face of each image: 2 if they keep it, 1 if they have confirmed it,
+            -1 if they ignore all of its faces.
     """
 
     faces: pa.Table
@@ -193,7 +199,9 @@ def rank_images(faces: pa.Table, keep: Keep, decided: Sequence[DecidedFaces] = (
 
 
 def _find_standing(faces: pa.Table, number: Int64, count: int, decided: Sequence[DecidedFaces]) -> npt.NDArray[np.int8]:
-    """Find whether people have decided on the faces of `count` images: 1 if on one, -1 if they ignore all, else 0.
+    """Find whether people have decided on the faces of `count` images.
+
+    2 if they keep one, 1 if they have confirmed one, -1 if they ignore all, else 0.
 
     Args:
         faces: rows of the faces.
@@ -214,6 +222,7 @@ def _find_standing(faces: pa.Table, number: Int64, count: int, decided: Sequence
         all_faces = np.bincount(number[rows], minlength=count)
         standing[(ignored > 0) & (ignored == all_faces)] = -1
         standing[number[rows[known.is_confirmed(ids[rows]) & ~is_ignored]]] = 1
+        standing[number[rows[is_in_sorted(known.kept, ids[rows])]]] = KEPT_BY_PEOPLE
     return standing
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from facepipe.curation.duplicates.groups import ImageGroups
-from facepipe.curation.duplicates.images import RankedImages
+from facepipe.curation.duplicates.images import KEPT_BY_PEOPLE, RankedImages
 from facepipe.curation.duplicates.rule import EXACT, KINDS, NEAR, Keep
 from facepipe.storage.spilled import SPILLED_ROWS, spill_batches
 from facepipe.types import Int64
@@ -50,9 +50,13 @@ def build_image_decisions(images: RankedImages, groups: ImageGroups, keep: Keep)
 
 def _build_rows(images: RankedImages, groups: ImageGroups, numbers: Int64, keep: Keep) -> pa.Table:
     """Build the rows of some images (m,)."""
-    # An image is dropped if another one is kept for it.
-    is_dropped = groups.kept[numbers] != numbers
+    # An image is dropped if another one is kept for it, unless people keep it as well. What the other gallery holds is
+    # dropped all the same: it may be a test set.
     own = images.take(["uri", "side", "image_id"], numbers)
+    kept_numbers = groups.kept[numbers]
+    is_of_one_side = images.side[numbers] == images.side[kept_numbers]
+    is_kept_too = (images.standing[numbers] >= KEPT_BY_PEOPLE) & is_of_one_side
+    is_dropped = (kept_numbers != numbers) & ~is_kept_too
     kept = images.take(["uri", "side"], groups.kept[numbers], ~is_dropped)
     group = groups.group[numbers]
     reasons = np.full(len(numbers), None, object)
