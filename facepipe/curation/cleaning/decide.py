@@ -35,6 +35,7 @@ REASONS = (
     "the same picture has another name too",
     "no label",
     "people have confirmed it",
+    "the label is wrong, but it is open whose face it is",
 )
 (
     FITS,
@@ -50,6 +51,7 @@ REASONS = (
     TWO_NAMES,
     UNLABELLED,
     CONFIRMED,
+    WRONG_OF_WHOM,
 ) = range(len(REASONS))
 
 
@@ -148,6 +150,7 @@ def decide_labels(
         (is_alone, DECISIONS.index(UNVERIFIED), ONLY_FACE),
         (is_moved & is_sure, DECISIONS.index(RELABEL), FITS_OTHER),
         (is_wrong & ~is_moved & is_sure, DECISIONS.index(OUTLIER), FITS_NONE),
+        (is_wrong & (image_noise >= _SURE), DECISIONS.index(REVIEW), WRONG_OF_WHOM),
         (is_wrong, DECISIONS.index(REVIEW), PROBABLY_WRONG),
         (~is_sure, DECISIONS.index(REVIEW), PROBABLY_RIGHT),
     ]

@@ -18,6 +18,7 @@ from facepipe.curation.cleaning.decide import (
     REVIEW,
     TWO_NAMES,
     UNVERIFIED,
+    WRONG_OF_WHOM,
     LabelVerdicts,
     estimate_errors,
     estimate_wrong,
@@ -41,6 +42,7 @@ _UNKNOWN_FACE = FaceDetails("", None, None)
 # What a page says for a reason, if the words of the tables do not speak to its reader.
 _READER_REASONS = {
     PROBABLY_WRONG: "probably mislabelled, please check",
+    WRONG_OF_WHOM: "mislabelled: whose face is it?",
     PROBABLY_RIGHT: "probably right, please check",
     FITS_NONE: "looks like nobody of this name",
     TWO_NAMES: "the same picture has another name too",

@@ -434,6 +434,8 @@ def verdict(
         (0.02, 0.03, 0.95, "outlier", decide.FITS_NONE),
         (0.3, 0.6, 0.1, "review", decide.PROBABLY_WRONG),
         (0.3, 0.1, 0.6, "review", decide.PROBABLY_WRONG),
+        (0.01, 0.5, 0.49, "review", decide.WRONG_OF_WHOM),
+        (0.01, 0.49, 0.5, "review", decide.WRONG_OF_WHOM),
     ],
 )
 def test_what_is_likely_decides(own: float, other: float, nobody: float, decision: str, reason: int) -> None:
