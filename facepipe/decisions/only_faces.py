@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from facepipe import storage
 from facepipe.decisions.resolve import MIN_OVERLAP, compute_overlaps, read_faces, to_boxes, to_ids
 from facepipe.decisions.rows import Problems
 from facepipe.gallery.table import Gallery
@@ -34,7 +35,7 @@ def fill_only_faces(gallery: Gallery, rows: pa.Table, prefix: str, problems: Pro
         names = column.take(pa.array(wanted)).to_pylist()
         images = _read_images(gallery, key, names)
         for at, name in zip(wanted.tolist(), names, strict=True):
-            found = images.get(name, _Image())
+            found = images.get(name) or images.get(storage.to_absolute(name)) or _Image()
             chosen, reason = found.choose(boxes[at], name)
             if chosen is None:
                 is_good[at] = False
@@ -79,7 +80,11 @@ class _Image:
 
 
 def _read_images(gallery: Gallery, key: str, names: list[str]) -> dict[str, _Image]:
-    faces = read_faces(gallery, key, pa.array(sorted(set(names)), pa.string()))
+    """Read the faces of images. A path from the working folder on is looked for as it is, and as a whole path."""
+    wanted = set(names)
+    if key == "uri":
+        wanted |= {storage.to_absolute(name) for name in names}
+    faces = read_faces(gallery, key, pa.array(sorted(wanted), pa.string()))
     images: dict[str, _Image] = {}
     boxes = to_boxes(faces["box"])
     ids = to_ids(faces["face_id"])

@@ -3,6 +3,7 @@
 import itertools
 import random
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -279,6 +280,15 @@ def test_an_image_with_one_face_needs_no_face(gallery: Gallery) -> None:
     row = {"decision": "ignore", "uri": several[1]["uri"], "box": several[1]["box"]}
     assert add_decisions(gallery, [row]).is_applied
     assert read_decisions(gallery).ignored.tolist() == [several[1]["face_id"]]
+
+
+def test_a_path_may_be_written_from_the_working_folder_on(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = Counter(face["uri"] for face in list_faces(gallery))
+    path = Path(next(uri for uri, count in sorted(counts.items()) if count == 1))
+    monkeypatch.chdir(path.parents[1])
+    row = {"decision": "is", "path": f"{path.parent.name}/{path.name}", "person": "Ann"}
+    assert add_decisions(gallery, [row]).is_applied
+    assert "has no face of the image" in str(add_decisions(gallery, [{**row, "path": path.name}]).problems[0])
 
 
 def test_decisions_survive_new_face_ids(gallery: Gallery, tmp_path: Path) -> None:
