@@ -56,12 +56,17 @@ def test_erase_names_the_nearest(words: list[str], near: str, dry_run: list[str]
     assert near in err
 
 
-@pytest.mark.parametrize("words", [["--ids", "FILE"], ["--older-than", "900"], ["--missing"], ["--image", "0" * 32]])
+@pytest.mark.parametrize("words", [["--ids", "FILE"], ["--image", "0" * 32]])
 def test_erase_of_nothing_is_no_success(words: list[str], gallery: str, tmp_path: Path) -> None:
     (tmp_path / "ids").write_text("123\n")
     words = [str(tmp_path / "ids") if word == "FILE" else word for word in words]
     code, _, err = run_facepipe("erase", gallery, *words, "--dry-run")
     assert (code, "no image" in err or "there is no" in err) == (1, True)
+
+
+@pytest.mark.parametrize("words", [["--older-than", "900"], ["--missing"]])
+def test_an_erasure_by_a_rule_may_have_nothing_to_do(words: list[str], gallery: str) -> None:
+    assert run_facepipe("erase", gallery, *words, "--dry-run")[0] == 0
 
 
 def test_one_wrong_name_among_several_is_named(gallery: str) -> None:

@@ -182,7 +182,11 @@ class Committer:
         return True
 
     def _try_commit(
-        self, actions: list[Action], number: int, metadata: dict[str, Any], properties: Mapping[str, str] | None
+        self,
+        actions: list[Action],
+        number: int,
+        metadata: dict[str, Any],
+        properties: Mapping[str, str] | None = None,
     ) -> bool:
         """Commit as the next version; False if another commit took it."""
         folder = self.gallery.faces_folder

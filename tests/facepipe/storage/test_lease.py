@@ -461,7 +461,7 @@ def test_who_lost_the_lease_cannot_commit(trial: int, place: str) -> None:
     loser = Committer(gallery, "slow")
     late = part(gallery, "slow")
     if trial % 2:
-        loser._read_new_commits()  # it had looked already: between this and its commit nothing asks again
+        loser._check_new_commits()  # it had looked already: between this and its commit nothing asks again
     winner = Committer(Gallery(place), "quick")
     for n in range(1 + trial % 3):
         winner([part(gallery, f"quick{n}")], {})
@@ -506,13 +506,13 @@ def test_a_commit_is_finished_before_a_signal_counts(
 
     gallery = Gallery.create(str(tmp_path / "g"), CONTRACT)
     commit, found = Committer(gallery, "run"), part(gallery, "a")
-    catch_up = commit._read_new_commits
+    catch_up = commit._check_new_commits
 
     def interrupted() -> None:
         os.kill(os.getpid(), number)
         catch_up()
 
-    monkeypatch.setattr(commit, "_read_new_commits", interrupted)
+    monkeypatch.setattr(commit, "_check_new_commits", interrupted)
     before = signal.signal(number, end)
     try:
         with pytest.raises(Ended):

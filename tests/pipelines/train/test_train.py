@@ -512,11 +512,12 @@ def test_test_sets_that_cannot_be_are_refused(layer: dict[str, Any], message: st
         read_config(BASE, layer)
 
 
-def test_the_recipe_of_the_docs_is_a_config() -> None:
+def test_the_recipes_of_the_docs_are_configs() -> None:
     page = (Path(__file__).parents[3] / "docs" / "training.md").read_text()
-    (recipe,) = re.findall(r"^```toml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    config = read_config(tomllib.loads(recipe))
-    assert (config.optim.lr, [test.label for test in config.test_sets]) == (0.001, ["test-gallery"])
+    recipes = re.findall(r"^```toml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    records, fine_tuning = [read_config(tomllib.loads(recipe)) for recipe in recipes]
+    assert (records.data.source, records.data.aligned) == ("faces_emore/train.rec", True)
+    assert (fine_tuning.optim.lr, [test.label for test in fine_tuning.test_sets]) == (0.001, ["test-gallery"])
 
 
 def test_the_default_rate_is_resolved_before_anything_reads_it() -> None:
