@@ -17,7 +17,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from archives import write_records, write_verification_set
 from torch import Tensor, nn
 
 from facepipe.errors import ConfigError, ModelError, SourceError, TrainingError, WeightsError
@@ -243,6 +242,9 @@ def config(persons: Path, output: Path, **layers: Any) -> Any:
 
 def test_records_train_and_verification_sets_score(persons: Path, tmp_path: Path) -> None:
     """As insightface's folders are: train.rec, and several .bin beside it, without another setting."""
+    # Workers of Ray import this module, and do not find the helpers of tests.
+    from archives import write_records, write_verification_set
+
     crops = [(path.read_bytes(), int(path.parent.name[-1])) for path in sorted(persons.rglob("*.png"))]
     write_records(tmp_path / "train.rec", crops)
     for name in ("lfw", "agedb_30", "cfp_fp"):
