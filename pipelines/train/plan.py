@@ -34,6 +34,10 @@ from pipelines.train.config import DetectorConfig, TrainConfig
 _EMBEDDER_SECTIONS = ("data", "loss", "sample", "augment", "split", "validate")
 _DETECTOR_SECTIONS = ("detection",)
 _COMMON_SECTIONS = ("model", "optim", "schedule")
+# Fields that came into a section later. They count only if they are set.
+_LATER_FIELDS = {
+    "loss": ("miner", "margin_high", "norm_low", "norm_high", "norm_weight", "norm_rate", "concentration"),
+}
 
 
 @dataclass(frozen=True)
@@ -227,10 +231,17 @@ def build_loop_settings(
 
 def _hash_sections(config: Any, sections: tuple[str, ...]) -> dict[str, str]:
     """Hash the sections of the config that the weights depend on, by name."""
-    hashes = {name: _hash_values(asdict(getattr(config, name))) for name in (*sections, *_COMMON_SECTIONS)}
+    hashes = {name: _hash_values(_drop_later_fields(name, config)) for name in (*sections, *_COMMON_SECTIONS)}
     hashes["run.seed"] = str(config.run.seed)
     hashes["run.precision"] = config.run.precision
     return hashes
+
+
+def _drop_later_fields(section: str, config: Any) -> dict[str, Any]:
+    """Drop unset fields that versions before did not have, so that their runs can be resumed."""
+    values = asdict(getattr(config, section))
+    later = _LATER_FIELDS.get(section, ())
+    return {name: value for name, value in values.items() if value is not None or name not in later}
 
 
 def _hash_values(values: dict[str, Any]) -> str:

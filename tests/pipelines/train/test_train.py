@@ -29,7 +29,7 @@ from facepipe.training.trainer.checkpointing import CheckpointFolder
 from facepipe.training.trainer.config import OptimConfig, ScheduleConfig, TrainingRunConfig
 from facepipe.training.trainer.loop import LoopSettings
 from pipelines.chips.prepare import mark_in_use
-from pipelines.train import run
+from pipelines.train import plan, run
 from pipelines.train.angles import write_angles
 from pipelines.train.pipeline import catch_signals, read_config, train_plan
 
@@ -520,6 +520,20 @@ def test_the_recipes_of_the_docs_are_configs() -> None:
     records, fine_tuning = [read_config(tomllib.loads(recipe)) for recipe in recipes]
     assert (records.data.source, records.data.aligned) == ("faces_emore/train.rec", True)
     assert (fine_tuning.optim.lr, [test.label for test in fine_tuning.test_sets]) == (0.001, ["test-gallery"])
+
+
+def test_losses_that_were_added_do_not_change_the_identity_of_earlier_runs() -> None:
+    """The hash of the loss is that of the fields that it had before AdaFace, MagFace and pytorch-metric-learning."""
+    config = read_config(BASE)
+    later = {"miner", "margin_high", "norm_low", "norm_high", "norm_weight", "norm_rate", "concentration"}
+    earlier = {name: value for name, value in dataclasses.asdict(config.loss).items() if name not in later}
+    hashed = hashlib.sha256(json.dumps(earlier, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    assert plan._hash_sections(config, ("loss",))["loss"] == hashed
+    magface = read_config(BASE, {"loss": {"name": "magface", "margin_high": 0.9}})
+    assert (
+        plan._hash_sections(magface, ("loss",))["loss"]
+        != plan._hash_sections(read_config(BASE, {"loss": {"name": "magface"}}), ("loss",))["loss"]
+    )
 
 
 def test_the_default_rate_is_resolved_before_anything_reads_it() -> None:
