@@ -34,8 +34,9 @@ from facepipe.errors import GalleryError
 from facepipe.gallery.changes import ReadMark
 from facepipe.reports.html import write_report
 from facepipe.reports.parquet import write_rows, write_table
-from pipelines.graph import GraphConfig, GraphRunConfig, OnProgress, open_graph
+from pipelines.graph import GraphConfig, GraphRunConfig, OnProgress, open_graph, uses_ray
 from pipelines.runtime.run_record import PhaseTimer, record_calls
+from pipelines.runtime.steps import open_step_runner
 from pipelines.runtime.workspace import locate_reports, open_report_folder
 
 NAME = "clean"
@@ -137,16 +138,18 @@ def run(config: CleanConfig, gallery: str, progress: OnProgress = lambda line: N
                 "the persons without labels; `facepipe embed --identity folder` takes labels from folder names"
             )
         progress(f"{int((labels >= 0).sum())} labels of {len(names)} identities: judging")
-        judgement = judge_labels(
-            graph,
-            table,
-            labels,
-            names,
-            rules=config.clean,
-            duplicates=duplicates,
-            seed=config.graph.seed,
-            decided=table.decided,
-        )
+        with open_step_runner(on_ray=uses_ray(config.run), cpus=config.run.cpus) as runner:
+            judgement = judge_labels(
+                graph,
+                table,
+                labels,
+                names,
+                rules=config.clean,
+                duplicates=duplicates,
+                seed=config.graph.seed,
+                decided=table.decided,
+                run_tables=runner.run_tables,
+            )
         phases.end("judge")
         progress("writing")
         lists = _write_tables(graph, table, judgement, report.path, config.clean)

@@ -59,9 +59,9 @@ from facepipe.gallery.changes import ReadMark
 from facepipe.reports.html import write_report
 from facepipe.reports.parquet import write_rows, write_table
 from facepipe.types import Bool, Int64
-from pipelines.cluster.linkage import open_linkage_runner
 from pipelines.graph import GraphConfig, GraphRunConfig, OnProgress, open_graph, uses_ray
 from pipelines.runtime.run_record import PhaseTimer, record_calls
+from pipelines.runtime.steps import open_step_runner
 from pipelines.runtime.workspace import locate_reports, open_report_folder
 
 NAME = "cluster"
@@ -197,10 +197,10 @@ def run(
         decisions = DecidedNodes.locate(decided, graph.nodes.ids)
         left_out = decided.is_ignored(graph.nodes.ids)
         known = unite_known(graph, same, decisions, left_out)
-        with open_linkage_runner(uses_ray(config.run), config.run.cpus) as run_tasks:
+        with open_step_runner(on_ray=uses_ray(config.run), cpus=config.run.cpus) as runner:
             unfit = find_unfit_nodes(table, graph.nodes)
             labels, clusters = cluster_faces(
-                graph, different, same, unfit, decided=decisions, left_out=left_out, run_tasks=run_tasks
+                graph, different, same, unfit, decided=decisions, left_out=left_out, run_tasks=runner.run_linkage
             )
         limit = StrangerLimit.measure(graph.nodes.vectors, graph.density, labels, clusters)
         if earlier is not None and part_new:

@@ -1,7 +1,7 @@
 """Find groups of copies in a gallery and the copy to keep, or what two galleries share."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -13,14 +13,13 @@ from facepipe.curation.duplicates import (
     Duplicates,
     SharedFaces,
     SharedIdentities,
-    find_duplicates,
     find_shared_identities,
     judge_shared_identities,
 )
-from facepipe.curation.duplicates.images import gather_faces, rank_images
+from facepipe.curation.duplicates.images import gather_faces
 from facepipe.curation.duplicates.keep import DROP, KEEP
+from facepipe.curation.duplicates.partitioned import CopySearch, CopySource, find_duplicates_by_partition
 from facepipe.curation.duplicates.report import build_duplicates_report
-from facepipe.curation.duplicates.stars import find_face_pairs
 from facepipe.curation.graph import Graph
 from facepipe.curation.graph.describe import describe_recall
 from facepipe.curation.graph.nodes import Nodes
@@ -32,16 +31,16 @@ from facepipe.decisions.table import DecisionTable
 from facepipe.errors import ConfigError, StorageError, ThresholdError
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import ReadMark
-from facepipe.nearest.distances import compute_pair_distances
 from facepipe.nearest.similarity import Pairs
 from facepipe.reports.html import write_report
 from facepipe.reports.model import Figure
 from facepipe.reports.parquet import write_table
 from facepipe.storage import describe_error
 from facepipe.storage.lease import Lease
-from facepipe.types import Float32, Int64
-from pipelines.graph import GraphConfig, GraphRunConfig, OnProgress, open_graph
+from facepipe.storage.partitions import RunTables
+from pipelines.graph import GraphConfig, GraphRunConfig, OnProgress, open_graph, uses_ray
 from pipelines.runtime.run_record import PhaseTimer, record_calls
+from pipelines.runtime.steps import open_step_runner
 from pipelines.runtime.workspace import locate_reports, open_report_folder
 
 NAME = "dedup"
@@ -134,7 +133,8 @@ def run(
             graph = _open_wide_graph(config, galleries, graph_folder, summary, progress, new_report.lease)
         phases.end("graph")
         progress("comparing pictures")
-        duplicates, shared = _compare(config, galleries, graph)
+        with open_step_runner(on_ray=uses_ray(config.run), cpus=config.run.cpus) as runner:
+            duplicates, shared = _compare(config, galleries, graph, runner.run_tables)
         phases.end("compare")
         progress("writing")
         write_tables(folder, duplicates, shared, summary)
@@ -188,35 +188,37 @@ def _has_face(gallery: Gallery) -> bool:
 
 
 def _compare(
-    config: DedupConfig, galleries: list[Gallery], graph: Graph | None
+    config: DedupConfig, galleries: list[Gallery], graph: Graph | None, run_tables: RunTables
 ) -> tuple[Duplicates, SharedIdentities | None]:
     """Find the duplicates and, of two galleries, the shared identities.
 
     Without a face there is no graph: then hashes alone are compared, and no identity is shared.
     """
-    decided = [read_decided_faces(gallery) for gallery in galleries]
-    if graph is None:
-        no_ids = np.empty(0, np.int64)
-        nodes = Nodes(no_ids, np.empty(0, np.int8), np.empty((0, galleries[0].dim), np.float32))
-        table, _ = gather_faces(galleries, nodes)
-        images = rank_images(table, config.dedup.keep, decided)
-        no_pairs = Pairs(no_ids, no_ids, np.empty(0, np.float32))
-        return find_duplicates(table, no_pairs, config.dedup, images=images), None
+    no_ids = np.empty(0, np.int64)
+    nodes = Nodes(no_ids, np.empty(0, np.int8), np.empty((0, galleries[0].dim), np.float32))
+    edges: Iterable[Pairs] = ()
+    max_neighbours = config.graph.most
+    if graph is not None:
+        nodes = graph.nodes
+        edges = graph.edges
+        max_neighbours = graph.info.most
+    search = CopySearch(
+        rule=config.dedup,
+        decided=[read_decided_faces(gallery) for gallery in galleries],
+        side_count=sum(any(batch.num_rows for batch in gallery.batches(["uri"])) for gallery in galleries),
+        max_neighbours=max_neighbours,
+    )
+    source = CopySource.of_galleries(galleries, nodes, edges)
+    duplicates = find_duplicates_by_partition(source, search, run_tables)
+    if len(galleries) < 2 or graph is None:
+        return duplicates, None
+    return duplicates, _share_identities(config, galleries, graph)
+
+
+def _share_identities(config: DedupConfig, galleries: list[Gallery], graph: Graph) -> SharedIdentities:
+    """Find the identities that two galleries share."""
     # Nodes are faces of the graph. Their rows in the table are (n,), and each pair lists its smaller row first.
     table, row_of_node = gather_faces(galleries, graph.nodes)
-    images = rank_images(table, config.dedup.keep, decided)
-    near = find_face_pairs(graph, images, row_of_node, config.dedup)
-    ends = np.sort(np.stack([row_of_node[near.u], row_of_node[near.v]]), axis=0)
-    node_of_row = np.zeros(table.num_rows, np.int64)
-    node_of_row[row_of_node] = np.arange(len(row_of_node))
-
-    def measure(u: Int64, v: Int64) -> Float32:
-        vectors = graph.nodes.vectors
-        return np.sqrt(compute_pair_distances(vectors, node_of_row[u], vectors, node_of_row[v]))
-
-    duplicates = find_duplicates(table, Pairs(ends[0], ends[1], near.distance), config.dedup, measure, images)
-    if len(galleries) < 2:
-        return duplicates, None
     # Shared identities need all edges, and for each face the row of its representative; -1 if it has none.
     pairs = graph.edges.read_within(_MAX_DISTANCE)
     edges = Pairs(row_of_node[pairs.u], row_of_node[pairs.v], pairs.distance)
@@ -233,7 +235,7 @@ def _compare(
         max_neighbours=graph.info.most,
         copy_distance=config.dedup.close_near,
     )
-    return duplicates, judge_shared_identities(faces, shared, threshold=graph.info.threshold.similarity)
+    return judge_shared_identities(faces, shared, threshold=graph.info.threshold.similarity)
 
 
 def _count_without_hash(galleries: list[Gallery]) -> int:

@@ -24,15 +24,14 @@ from facepipe.curation.cleaning.model import LabelPosteriors, weigh_names
 from facepipe.curation.cleaning.near_identities import estimate_beyond_graph
 from facepipe.curation.cleaning.neighbours import NearFaces, NearVoters
 from facepipe.curation.clusters.constraints import find_same_photo_pairs
-from facepipe.curation.duplicates import DuplicateRule, find_copies
-from facepipe.curation.duplicates.images import gather_faces, rank_images
-from facepipe.curation.duplicates.stars import find_face_pairs
+from facepipe.curation.duplicates import DuplicateRule
+from facepipe.curation.duplicates.partitioned import CopySearch, CopySource, find_copies_by_partition
 from facepipe.curation.graph import Graph
 from facepipe.curation.graph.components import find_components
 from facepipe.curation.space import COPY_LIMITS, find_space_scale
 from facepipe.decisions.persons import DecidedFaces
 from facepipe.gallery import Gallery
-from facepipe.nearest.similarity import Pairs
+from facepipe.storage.partitions import RunTables, run_tables_here
 from facepipe.types import Bool, Float32, Float64, Int64
 
 _START_OUTSIDE = np.float32(0.1)  # starting probability of a face outside the largest part of its identity
@@ -89,6 +88,7 @@ def judge_labels(
     duplicates: DuplicateRule,
     seed: int,
     decided: DecidedFaces | None = None,
+    run_tables: RunTables = run_tables_here,
 ) -> LabelJudgement:
     """Judge every label of a gallery.
 
@@ -101,6 +101,7 @@ def judge_labels(
         duplicates: what counts as a copy.
         seed: seed of the samples.
         decided: what people have decided; nothing by default. Confirmed labels are certain.
+        run_tables: runs the steps of the search for copies.
     """
     decisions = DecidedLabels.locate(decided or DecidedFaces(), graph.nodes.ids, labels, names)
     threshold = graph.info.threshold.similarity
@@ -112,7 +113,7 @@ def judge_labels(
     copies = graph.representatives
 
     # Copies of a picture under one name count once: the first of them votes, and the others share its verdict.
-    copied = _find_copies(graph, gallery, duplicates, decisions.decided)
+    copied = _find_copies(graph, gallery, duplicates, decisions.decided, run_tables)
     voter = _choose_voters(copied, copies, labels)
     is_voter = voter == np.arange(len(labels))
     voting = np.where(is_voter, labels, -1)
@@ -200,34 +201,28 @@ class _CopiedFaces:
     """Which of n faces are copies of one another.
 
     Attributes:
-        image: Number of each face's image, (n,); of two copies the better one has the smaller number.
+        rank: Rank of each face's image among its copies, (n,); the better one has the smaller rank.
         group: Image that stands for all copies of the face's image, (n,).
         pairs: Pairs of faces (m, 2) of two copies of one image.
         distance: Distance of each pair, (m,).
     """
 
-    image: Int64
+    rank: Int64
     group: Int64
     pairs: Int64
     distance: Float32
 
 
-def _find_copies(graph: Graph, gallery: Gallery, rule: DuplicateRule, decided: DecidedFaces) -> _CopiedFaces:
+def _find_copies(
+    graph: Graph, gallery: Gallery, rule: DuplicateRule, decided: DecidedFaces, run_tables: RunTables
+) -> _CopiedFaces:
     """Find the images that are copies of one another, and the faces in them that are the same."""
-    table, row_of_node = gather_faces([gallery], graph.nodes)
-    images = rank_images(table, rule.keep, [decided])
-    near = find_face_pairs(graph, images, row_of_node, rule)
-    # Turn pairs of nodes into pairs of rows.
-    u = row_of_node[near.u]
-    v = row_of_node[near.v]
-    edges = Pairs(np.minimum(u, v), np.maximum(u, v), near.distance)
+    source = CopySource.of_galleries([gallery], graph.nodes, graph.edges)
+    search = CopySearch(rule, [decided], 1, graph.info.most, with_squashed=False)
+    copies = find_copies_by_partition(source, search, run_tables)
     # Name each group of copies by the image that the search would keep.
-    leader = find_copies(images, table, edges, rule).groups.kept
-    image = images.of_face[row_of_node]
-    group = leader[image]
-    is_copy = (group[near.u] == group[near.v]) & (image[near.u] != image[near.v])
-    pairs = np.stack([near.u[is_copy], near.v[is_copy]], axis=1)
-    return _CopiedFaces(image, group, pairs, near.distance[is_copy])
+    pairs = np.stack([copies.pairs.u, copies.pairs.v], axis=1)
+    return _CopiedFaces(copies.rank, copies.group, pairs, copies.pairs.distance)
 
 
 def _choose_voters(copied: _CopiedFaces, copies: Int64, labels: Int64) -> Int64:
@@ -346,7 +341,7 @@ def _find_worse_copies(verdicts: LabelVerdicts, copied: _CopiedFaces, labels: In
     # Of the kept faces of each group and label, all but the first go.
     group = copied.group
     kept = np.flatnonzero(verdicts.is_kept)
-    order = kept[np.lexsort((copied.image[kept], labels[kept], group[kept]))]
+    order = kept[np.lexsort((copied.rank[kept], labels[kept], group[kept]))]
     is_repeated = (np.diff(group[order], prepend=-1) == 0) & (np.diff(labels[order], prepend=-1) == 0)
     is_worse = np.zeros(len(labels), bool)
     is_worse[order[is_repeated]] = True

@@ -18,6 +18,7 @@ from facepipe.curation.duplicates.pairs import (
     MeasureFaces,
     build_pair_table,
     classify_pairs,
+    find_hash_pairs,
     find_pictures,
     link_by_hash,
     link_copies,
@@ -73,7 +74,12 @@ class ImageCopies:
 
 
 def find_copies(
-    images: RankedImages, faces: pa.Table, edges: Pairs, rule: DuplicateRule, measure: MeasureFaces | None = None
+    images: RankedImages,
+    faces: pa.Table,
+    edges: Pairs,
+    rule: DuplicateRule,
+    measure: MeasureFaces | None = None,
+    hash_pairs: Int64 | None = None,
 ) -> ImageCopies:
     """Find which of n images are copies of one another.
 
@@ -83,9 +89,11 @@ def find_copies(
         edges: likewise.
         rule: what counts as a duplicate, and which copy is kept.
         measure: as of `find_duplicates`.
+        hash_pairs: pairs (m, 2) of images whose hashes nearly agree, if they are known already.
     """
     # Link the images, and find which show the same picture.
-    links = classify_pairs(images, faces, edges, rule).concat(link_by_hash(images, faces, measure, rule))
+    hash_pairs = find_hash_pairs(images) if hash_pairs is None else hash_pairs
+    links = classify_pairs(images, faces, edges, rule).concat(link_by_hash(images, faces, measure, rule, hash_pairs))
     picture = find_pictures(images, links)
     # One link per two pictures is enough to make groups.
     strongest = select_strongest(images, faces, links, picture)

@@ -12,6 +12,16 @@ from facepipe.curation.duplicates.pairs import ImageLinks
 from facepipe.curation.duplicates.rule import EXACT, KINDS, NEAR, DuplicateRule
 from facepipe.types import Bool, Int64
 
+GROUP_SCHEMA = pa.schema(
+    [
+        ("group", pa.int64()),
+        ("kind", pa.string()),
+        ("images", pa.int64()),
+        ("kept_uri", pa.string()),
+        ("kept_side", pa.int8()),
+    ]
+)
+
 
 @dataclass(frozen=True)
 class ImageGroups:

@@ -4,6 +4,7 @@ Two hashes that differ in two bits agree in one of three blocks of bits. So hash
 those with an equal one are compared.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,9 @@ from facepipe.types import Bool, Int64
 MAX_BITS = 2
 """Differing bits up to which two pictures are copies by their hashes alone."""
 # Lowest bit and number of bits of each block.
-_BLOCKS = ((0, 21), (21, 21), (42, 22))
+_BLOCK_BITS = ((0, 21), (21, 21), (42, 22))
+BLOCKS = tuple(range(len(_BLOCK_BITS)))
+"""The blocks of bits, by number."""
 # Set bits of a picture's hash. Plain areas have hardly any contrast, and their hashes agree by chance.
 _MIN_SET_BITS = 10
 _MAX_SET_BITS = 54
@@ -57,19 +60,18 @@ def make_variants(hashes: Int64) -> list[Int64]:
 class HashLookup:
     """Hashes, sorted by each block of bits, among which others are looked up."""
 
-    def __init__(self, hashes: Int64):
-        """Sort hashes (p,). Equal ones should have been left out."""
+    def __init__(self, hashes: Int64, blocks: Sequence[int] = BLOCKS):
+        """Sort hashes (p,), which rise, by some of the blocks. Equal ones should have been left out."""
         self._hashes = hashes
-        self._orders = [np.argsort(_cut_block(hashes, low, width), kind="stable") for low, width in _BLOCKS]
-        self._keys = [
-            _cut_block(hashes[order], low, width) for order, (low, width) in zip(self._orders, _BLOCKS, strict=True)
-        ]
+        self._blocks = blocks
+        self._orders = [np.argsort(cut_block(hashes, block), kind="stable") for block in blocks]
+        self._keys = [cut_block(hashes[order], block) for order, block in zip(self._orders, blocks, strict=True)]
 
     def find(self, queries: Int64) -> HashPairs:
         """Find the pairs of queries (n,) and hashes that differ in up to two bits, each once."""
         parts = [HashPairs(np.empty(0, np.int64), np.empty(0, np.int64))]
-        for keys, order, (low, width) in zip(self._keys, self._orders, _BLOCKS, strict=True):
-            wanted = _cut_block(queries, low, width)
+        for keys, order, block in zip(self._keys, self._orders, self._blocks, strict=True):
+            wanted = cut_block(queries, block)
             begins = np.searchsorted(keys, wanted)
             counts = np.minimum(np.searchsorted(keys, wanted, side="right") - begins, _MAX_IN_BLOCK)
             # Spread the pairs out, some millions at a time.
@@ -89,5 +91,7 @@ class HashLookup:
         return HashPairs(pairs // size, pairs % size)
 
 
-def _cut_block(hashes: Int64, low: int, width: int) -> Int64:
+def cut_block(hashes: Int64, block: int) -> Int64:
+    """Cut a block of bits out of hashes (n,)."""
+    low, width = _BLOCK_BITS[block]
     return np.asarray((hashes >> np.int64(low)) & np.int64((1 << width) - 1), np.int64)

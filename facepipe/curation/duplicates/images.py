@@ -56,21 +56,40 @@ def gather_faces(galleries: Sequence[Gallery], nodes: Nodes) -> tuple[pa.Table, 
         The rows, mapped from a temporary file, and the row of each node, (n,).
     """
     row_of_node = np.full(len(nodes), -1, np.int64)
-    empty = add_size_and_side(pa.schema([FACES.field(name) for name in COLUMNS]).empty_table(), 0)
+    schema = add_size_and_side(pa.schema([FACES.field(name) for name in COLUMNS]).empty_table(), 0).schema
 
     def read_batches() -> Iterator[pa.RecordBatch]:
         row_count = 0
-        for side, gallery in enumerate(galleries):
-            for batch in gallery.batches(COLUMNS, rows=SPILLED_ROWS):
-                # Note the row of each node in the table of all galleries.
-                ids = batch["face_id"]
-                faces = row_count + np.flatnonzero(ids.is_valid())
-                at = nodes.find(ids.drop_null().to_numpy(), side)
-                row_of_node[at[at >= 0]] = faces[at >= 0]
-                row_count += batch.num_rows
-                yield from add_size_and_side(pa.Table.from_batches([batch]), side).cast(empty.schema).to_batches()
+        for table in read_faces(galleries, nodes):
+            # Note the row of each node in the table of all galleries.
+            node = table["node"].to_numpy()
+            row_of_node[node[node >= 0]] = row_count + np.flatnonzero(node >= 0)
+            row_count += table.num_rows
+            yield from table.select(schema.names).to_batches()
 
-    return spill_batches(empty.schema, read_batches()), row_of_node
+    return spill_batches(schema, read_batches()), row_of_node
+
+
+def read_faces(galleries: Sequence[Gallery], nodes: Nodes) -> Iterator[pa.Table]:
+    """Read the rows of one gallery or two, images without a face included, some ten thousand at a time.
+
+    Args:
+        galleries: the galleries. Their positions are the sides of the nodes.
+        nodes: nodes of their graph.
+
+    Yields:
+        The rows with `side`, `file_size`, and `node`: the position of the face among the nodes, -1 for none. The first
+        table has no rows.
+    """
+    empty = add_size_and_side(pa.schema([FACES.field(name) for name in COLUMNS]).empty_table(), 0)
+    yield empty.append_column("node", pa.array([], pa.int64()))
+    for side, gallery in enumerate(galleries):
+        for batch in gallery.batches(COLUMNS, rows=SPILLED_ROWS):
+            ids = batch["face_id"]
+            node = np.full(batch.num_rows, -1)
+            node[np.asarray(ids.is_valid())] = nodes.find(ids.drop_null().to_numpy(), side)
+            table = add_size_and_side(pa.Table.from_batches([batch]), side).cast(empty.schema)
+            yield table.append_column("node", pa.array(node))
 
 
 def add_size_and_side(table: pa.Table, side: int) -> pa.Table:
@@ -99,6 +118,8 @@ class RankedImages:
         uri_position: Position of each image in the order of uris, and of one uri by side.
         standing: Whether people have decided on a face of each image: 2 if they keep it, 1 if they have confirmed it,
             -1 if they ignore all of its faces.
+        side_count: Number of galleries that are compared, if these are some of their images; by default as many as
+            there are sides.
     """
 
     faces: pa.Table
@@ -107,6 +128,7 @@ class RankedImages:
     face_counts: Int64
     uri_position: Int64
     standing: npt.NDArray[np.int8]
+    side_count: int | None = None
 
     def __len__(self) -> int:
         return len(self.row)
@@ -135,6 +157,8 @@ class RankedImages:
     @property
     def has_two_sides(self) -> bool:
         """Whether there are two galleries: then only what they share counts."""
+        if self.side_count is not None:
+            return self.side_count > 1
         return bool(len(self.side)) and int(self.side.min()) != int(self.side.max())
 
     @cached_property
@@ -161,7 +185,9 @@ class RankedImages:
         return first
 
 
-def rank_images(faces: pa.Table, keep: Keep, decided: Sequence[DecidedFaces] = ()) -> RankedImages:
+def rank_images(
+    faces: pa.Table, keep: Keep, decided: Sequence[DecidedFaces] = (), side_count: int | None = None
+) -> RankedImages:
     """Rank the images of a table of faces. The order of the rows does not matter.
 
     Of two copies the one comes first that has a face on which people have decided who it is. Images all of whose faces
@@ -171,6 +197,7 @@ def rank_images(faces: pa.Table, keep: Keep, decided: Sequence[DecidedFaces] = (
         faces: rows as of `gather_faces`.
         keep: which copy is kept.
         decided: what people have decided, of each side; nothing by default.
+        side_count: number of galleries that are compared, if these are some of their faces.
     """
     # Number the images by uri and side. The largest face of each image stands for it.
     by_name, is_new = sort_rows(faces.select(["uri", "side"]))
@@ -183,19 +210,34 @@ def rank_images(faces: pa.Table, keep: Keep, decided: Sequence[DecidedFaces] = (
     # Rank them by numbers alone: that of an image by uri stands for the uri.
     columns = [name for name, _ in _ORDER[keep] if name in faces.column_names]
     table = take_rows(faces.select([*columns, "side", "width", "height"]), row)
-    table = table.append_column("pixels", _count_pixels(table)).append_column("uri", pa.array(np.arange(len(row))))
+    table = table.append_column("pixels", _count_pixels(table)).append_column("number", pa.array(np.arange(len(row))))
     table = table.append_column("standing", pa.array(_find_standing(faces, number, len(row), decided)))
-    known_order = [key for key in _ORDER[keep] if key[0] in table.column_names]
-    sort_keys = [("side", "descending"), ("standing", "descending"), *known_order, ("uri", "ascending")]
-    ranked = pc.sort_indices(table, sort_keys=sort_keys).to_numpy().astype(np.int64)
+    ranked = sort_by_rank(table, keep)
     rank = np.empty(len(ranked), np.int64)
     rank[ranked] = np.arange(len(ranked))
     of_face = rank[number]
     standing = table["standing"].to_numpy()[ranked]
     is_face = np.asarray(faces["face_id"].is_valid())
     return RankedImages(
-        faces, row[ranked], of_face, np.bincount(of_face[is_face], minlength=len(ranked)), ranked, standing
+        faces=faces,
+        row=row[ranked],
+        of_face=of_face,
+        face_counts=np.bincount(of_face[is_face], minlength=len(ranked)),
+        uri_position=ranked,
+        standing=standing,
+        side_count=side_count,
     )
+
+
+RANK_COLUMNS = ("side", "standing", "pixels", "file_size", "sharpness", "ingested_at", "number")
+"""What images are ranked by. Their numbers are in the order of their uris."""
+
+
+def sort_by_rank(images: pa.Table, keep: Keep) -> Int64:
+    """Sort images (n,) by which one is kept, by those of RANK_COLUMNS that there are."""
+    known_order = [key for key in _ORDER[keep] if key[0] in images.column_names]
+    sort_keys = [("side", "descending"), ("standing", "descending"), *known_order, ("number", "ascending")]
+    return np.asarray(pc.sort_indices(images, sort_keys=sort_keys).to_numpy(), np.int64)
 
 
 def _find_standing(faces: pa.Table, number: Int64, count: int, decided: Sequence[DecidedFaces]) -> npt.NDArray[np.int8]:

@@ -255,7 +255,7 @@ class _NeighbourSearch:
         is_full = np.isin(ids, self._full)
         if is_full.any():
             rank = rank_images(table, self._rule.keep, [self._decided]).of_face[rows]
-            stars = build_stars(vectors, rank, pairs, is_full, radius=self._rule.radius)
+            stars = build_stars(vectors.__getitem__, rank, pairs, is_full, radius=self._rule.radius)
             pairs = _drop_repeated(Pairs.concatenate([pairs, stars]), len(ids))
         ends = np.sort(np.stack([rows[pairs.u], rows[pairs.v]]), axis=0)
         return Pairs(ends[0], ends[1], pairs.distance)

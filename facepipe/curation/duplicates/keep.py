@@ -43,13 +43,13 @@ def build_image_decisions(images: RankedImages, groups: ImageGroups, keep: Keep)
 
     def build_batches() -> Iterator[pa.RecordBatch]:
         for at in range(0, len(by_uri), SPILLED_ROWS):
-            yield from _build_rows(images, groups, by_uri[at : at + SPILLED_ROWS], keep).to_batches()
+            yield from build_decision_rows(images, groups, by_uri[at : at + SPILLED_ROWS], keep).to_batches()
 
     return spill_batches(DECISION_SCHEMA, build_batches())
 
 
-def _build_rows(images: RankedImages, groups: ImageGroups, numbers: Int64, keep: Keep) -> pa.Table:
-    """Build the rows of some images (m,)."""
+def build_decision_rows(images: RankedImages, groups: ImageGroups, numbers: Int64, keep: Keep) -> pa.Table:
+    """Build the rows of some images (m,), as `build_image_decisions` does."""
     # An image is dropped if another one is kept for it, unless people keep it as well. What the other gallery holds is
     # dropped all the same: it may be a test set.
     own = images.take(["uri", "side", "image_id"], numbers)

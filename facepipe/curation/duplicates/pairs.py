@@ -16,7 +16,7 @@ from facepipe.curation.duplicates.images import RankedImages, encode_strings
 from facepipe.curation.duplicates.rule import EXACT, KINDS, NEAR, SAME_SHOT, DuplicateRule
 from facepipe.imaging.perceptual import match_hashes
 from facepipe.nearest.similarity import Pairs
-from facepipe.types import Bool, Float32, Int64, UInt8
+from facepipe.types import Bool, Float32, Float64, Int64, UInt8
 
 _IDENTICAL = 1e-4  # a distance that is nothing but rounding
 _NO_HASH = 65
@@ -24,6 +24,23 @@ _NO_HASH = 65
 _SQUASHED = 1.6
 _MIN_SQUASH = 0.02  # of the logarithm of the ratio of width and height
 
+PAIR_SCHEMA = pa.schema(
+    [
+        ("uri_a", pa.string()),
+        ("side_a", pa.int8()),
+        ("identity_a", pa.string()),
+        ("face_id_a", pa.int64()),
+        ("uri_b", pa.string()),
+        ("side_b", pa.int8()),
+        ("identity_b", pa.string()),
+        ("face_id_b", pa.int64()),
+        ("kind", pa.string()),
+        ("distance", pa.float32()),
+        ("hash_bits", pa.int16()),
+        ("mirrored", pa.bool_()),
+        ("turned", pa.int16()),
+    ]
+)
 MeasureFaces = Callable[[Int64, Int64], Float32]
 
 
@@ -118,17 +135,10 @@ def _build_links(images: RankedImages, edges: Pairs, radius: float) -> ImageLink
     return links.take(a < b)
 
 
-def link_by_hash(
-    images: RankedImages, faces: pa.Table, measure: MeasureFaces | None, rule: DuplicateRule
-) -> ImageLinks:
-    """Link images that are copies by their hashes alone: where one has no face, or the picture was squashed.
+def find_hash_pairs(images: RankedImages) -> Int64:
+    """Find the pairs (m, 2) of images whose hashes nearly agree, and may be copies by that alone. The first is smaller.
 
-    Args:
-        images: n images.
-        faces: table of faces.
-        measure: computes the distances of the faces in rows u (m,) and v (m,) of the table. Without it, images with
-            faces are not linked by their hashes.
-        rule: limits.
+    Of equal hashes the first image stands for all, and is paired with each of them.
     """
     hashes = images.get_numbers("image_hash")
     usable = np.flatnonzero(images.has_hash & is_telling(hashes))
@@ -149,10 +159,31 @@ def link_by_hash(
         turned = lookup.find(variant)
         a.append(faceless[turned.query])
         b.append(first_image[turned.other])
-    one = np.concatenate(a)
-    other = np.concatenate(b)
-    keys = np.unique((np.minimum(one, other) * len(images) + np.maximum(one, other))[one != other])
-    pairs = np.stack([keys // max(1, len(images)), keys % max(1, len(images))], axis=1)
+    return order_pairs(np.concatenate(a), np.concatenate(b), len(images))
+
+
+def order_pairs(one: Int64, other: Int64, count: int) -> Int64:
+    """Order pairs of two different images of `count`: each once, (m, 2), the smaller number first."""
+    size = max(1, count)
+    keys = np.unique((np.minimum(one, other) * size + np.maximum(one, other))[one != other])
+    return np.stack([keys // size, keys % size], axis=1)
+
+
+def link_by_hash(
+    images: RankedImages, faces: pa.Table, measure: MeasureFaces | None, rule: DuplicateRule, pairs: Int64
+) -> ImageLinks:
+    """Link images that are copies by their hashes alone: where one has no face, or the picture was squashed.
+
+    Args:
+        images: n images.
+        faces: table of faces.
+        measure: computes the distances of the faces in rows u (m,) and v (m,) of the table. Without it, images with
+            faces are not linked by their hashes.
+        rule: limits.
+        pairs: pairs (m, 2) of images whose hashes nearly agree, as of `find_hash_pairs`.
+    """
+    hashes = images.get_numbers("image_hash")
+    has_face = images.face_counts > 0
     match = match_hashes(hashes[pairs[:, 0]], hashes[pairs[:, 1]])
     is_faceless = ~(has_face[pairs[:, 0]] & has_face[pairs[:, 1]])
     distance = np.full(len(pairs), np.nan, np.float32)
@@ -187,8 +218,18 @@ def _find_largest_faces(images: RankedImages, faces: pa.Table) -> Int64:
 
 def _find_squashed(images: RankedImages, pairs: Int64) -> Bool:
     """Say which pairs (m, 2) of images have two shapes."""
-    shape = images.get_numbers("width") / np.maximum(1, images.get_numbers("height"))
-    ratio = shape[pairs[:, 0]] / np.maximum(1e-9, shape[pairs[:, 1]])
+    shape = compute_shapes(images.get_numbers("width"), images.get_numbers("height"))
+    return have_two_shapes(shape[pairs[:, 0]], shape[pairs[:, 1]])
+
+
+def compute_shapes(width: Int64, height: Int64) -> Float64:
+    """Compute the ratio of width and height of images (n,)."""
+    return np.asarray(width / np.maximum(1, height), np.float64)
+
+
+def have_two_shapes(one: Float64, other: Float64) -> Bool:
+    """Say which pairs of images have two shapes, by the ratios (m,) and (m,) of width and height."""
+    ratio = one / np.maximum(1e-9, other)
     return np.asarray(np.abs(np.log(np.maximum(ratio, 1e-9))) > _MIN_SQUASH, bool)
 
 

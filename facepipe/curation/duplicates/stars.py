@@ -1,5 +1,7 @@
 """Find the copies of pictures that a corpus holds a hundred times: more copies than a face has edges in the graph."""
 
+from collections.abc import Callable
+
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -10,6 +12,9 @@ from facepipe.curation.graph import Graph
 from facepipe.nearest.distances import compute_pair_distances
 from facepipe.nearest.similarity import Pairs
 from facepipe.types import Bool, Float32, Int64
+
+ReadVectors = Callable[[Int64], Float32]
+"""Reads the vectors (m, dim) of nodes (m,)."""
 
 _MAX_CENTRES = 1000  # pictures that are looked for in one crowd
 
@@ -27,36 +32,63 @@ def find_face_pairs(graph: Graph, images: RankedImages, row_of_node: Int64, rule
         rule: what counts as a duplicate, and which copy is kept.
     """
     edges = graph.edges.read_within(rule.radius)
-    count = len(graph.nodes)
-    degree = np.bincount(edges.u, minlength=count) + np.bincount(edges.v, minlength=count)
-    is_full = degree >= graph.info.most
+    rank = images.of_face[row_of_node]
+    return add_stars(edges, rank, graph.nodes.vectors.__getitem__, graph.info.most, radius=rule.radius)
+
+
+def add_stars(edges: Pairs, rank: Int64, read_vectors: ReadVectors, max_neighbours: int, *, radius: float) -> Pairs:
+    """Add the edges to the face of each crowd that would be kept, if a face has as many edges as the graph allows.
+
+    Args:
+        edges: pairs of n nodes within the radius.
+        rank: the smaller, the sooner a face is kept, (n,).
+        read_vectors: reads the vectors (m, dim) of nodes (m,) of crowds.
+        max_neighbours: edges that a face has at most.
+        radius: distance up to which faces are near.
+    """
+    is_full = find_full_nodes(edges, len(rank), max_neighbours)
     if not is_full.any():
         return edges
-    rank = images.of_face[row_of_node]
-    pairs = Pairs.concatenate([edges, build_stars(graph.nodes.vectors, rank, edges, is_full, radius=rule.radius)])
-    return pairs.take(np.unique(pairs.u * count + pairs.v, return_index=True)[1])
+    pairs = Pairs.concatenate([edges, build_stars(read_vectors, rank, edges, is_full, radius=radius)])
+    return pairs.take(np.unique(pairs.u * len(rank) + pairs.v, return_index=True)[1])
 
 
-def build_stars(vectors: Float32, rank: Int64, edges: Pairs, is_full: Bool, *, radius: float) -> Pairs:
+def find_full_nodes(edges: Pairs, count: int, max_neighbours: int) -> Bool:
+    """Find the nodes (count,) that have as many edges as the graph allows, so that some may be missing."""
+    degree = np.bincount(edges.u, minlength=count) + np.bincount(edges.v, minlength=count)
+    return np.asarray(degree >= max_neighbours)
+
+
+def find_crowded_nodes(edges: Pairs, is_full: Bool) -> Int64:
+    """Find the nodes (m,) of every connected crowd with a full node (n,)."""
+    crowd = _find_crowds(edges, len(is_full))
+    return np.flatnonzero(np.isin(crowd, np.unique(crowd[is_full])))
+
+
+def _find_crowds(edges: Pairs, count: int) -> Int64:
+    links = coo_array((np.ones(len(edges), np.int8), (edges.u, edges.v)), shape=(count, count))
+    return np.asarray(connected_components(links, directed=False)[1], np.int64)
+
+
+def build_stars(read_vectors: ReadVectors, rank: Int64, edges: Pairs, is_full: Bool, *, radius: float) -> Pairs:
     """Build the edges from the face that would be kept to all its copies, in every crowd with missing edges.
 
     In every connected crowd with a full face, the first face is joined to all faces near it. Then the first of the
     rest is, and so on.
 
     Args:
-        vectors: unit vectors, (n, dim).
+        read_vectors: reads the unit vectors (m, dim) of nodes (m,).
         rank: the smaller, the sooner a face is kept, (n,).
         edges: known pairs.
         is_full: whether edges of the face may be missing, (n,).
         radius: distance up to which faces are near.
     """
     # Find the crowds, and the members of each in the order in which they are kept.
-    links = coo_array((np.ones(len(edges), np.int8), (edges.u, edges.v)), shape=(len(rank), len(rank)))
-    crowd = connected_components(links, directed=False)[1]
+    crowd = _find_crowds(edges, len(rank))
     inside = np.flatnonzero(np.isin(crowd, np.unique(crowd[is_full])))
     inside = inside[np.lexsort((rank[inside], crowd[inside]))]
     lasts = np.flatnonzero(np.diff(crowd[inside], append=-1))
-    stars = [_build_crowd_stars(vectors, members, radius) for members in np.split(inside, lasts[:-1] + 1)]
+    stars = [_build_crowd_stars(read_vectors(members), members, radius) for members in np.split(inside, lasts[:-1] + 1)]
     return Pairs.concatenate(
         [Pairs(np.minimum(star.u, star.v), np.maximum(star.u, star.v), star.distance) for star in stars]
     )
@@ -64,7 +96,7 @@ def build_stars(vectors: Float32, rank: Int64, edges: Pairs, is_full: Bool, *, r
 
 def _build_crowd_stars(vectors: Float32, members: Int64, radius: float) -> Pairs:
     """Build the stars of one crowd: pairs of a centre and a near member, until no member is left without a centre."""
-    rows = np.ascontiguousarray(vectors[members])
+    rows = np.ascontiguousarray(vectors)
     unassigned = np.arange(len(members))
     parts = []
     for _ in range(_MAX_CENTRES):

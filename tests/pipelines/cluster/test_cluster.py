@@ -15,7 +15,6 @@ from hard_faces import ArcFaceLike, draw_geometric, make_table
 from helpers import embed
 
 import facepipe.curation.graph
-import pipelines.cluster.linkage
 from facepipe.config import build
 from facepipe.curation.clusters import tables
 from facepipe.errors import ConfigError, EvaluationError, GalleryBusyError, GalleryError
@@ -25,6 +24,7 @@ from facepipe.schema import FACES
 from facepipe.storage.lease import hold_lease
 from pipelines.cluster import ClusterConfig, run
 from pipelines.cluster.pipeline import ClusterSummary
+from pipelines.runtime.runners import ray
 
 COUNT = 2000
 
@@ -432,14 +432,14 @@ def test_tasks_on_ray_give_the_same_clusters(tmp_path: Path, monkeypatch: pytest
     sums = (Path(gallery.path) / "reports/cluster/sums.npz").read_bytes()
     monkeypatch.setattr("facepipe.curation.graph.linkage._MAX_NODES_PER_TASK", 40)
     run_counts: list[int] = []
-    run_tasks = pipelines.cluster.linkage.ray.run_tasks
+    run_tasks = ray.run_tasks
 
-    def count_tasks(function: Any, items: Any, cpus: float) -> Any:
-        for item, result in run_tasks(function, items, cpus):
+    def count_tasks(function: Any, items: Any, cpus: float, **options: Any) -> Any:
+        for item, result in run_tasks(function, items, cpus, **options):
             run_counts.append(len(item.nodes))
             yield item, result
 
-    monkeypatch.setattr(pipelines.cluster.linkage.ray, "run_tasks", count_tasks)
+    monkeypatch.setattr(ray, "run_tasks", count_tasks)
     run(build(ClusterConfig, {"run": {"runner": "ray", "cpus": 1}}), gallery.path)
     assert len(run_counts) > 10
     found = faces_of(gallery)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from facepipe.curation.graph.components import find_components, renumber_labels
+from facepipe.curation.graph.components import GrowingComponents, find_components, renumber_labels
 
 Graph = tuple[int, np.ndarray, np.ndarray]
 
@@ -73,3 +73,16 @@ def test_numbering(labels: list[int]) -> None:
     after = renumber_labels(before)
     assert_canonical(after, len(labels))
     assert np.array_equal(after[:, None] == after[None], before[:, None] == before[None])
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 19), st.integers(0, 19)), max_size=40), st.integers(1, 7))
+def test_components_that_grow_are_those_of_all_edges(edges: list[tuple[int, int]], part: int) -> None:
+    growing = GrowingComponents(20)
+    ends = np.array(edges, np.int64).reshape(-1, 2)
+    for at in range(0, len(ends), part):
+        growing.link(ends[at : at + part, 0], ends[at : at + part, 1])
+    labels = find_components(20, ends[:, 0], ends[:, 1])
+    roots = growing.find(np.arange(20))
+    assert all(roots[n] == np.flatnonzero(labels == labels[n])[0] for n in range(20))
+    assert (growing.find_linked() == (np.bincount(labels)[labels] > 1)).all()
