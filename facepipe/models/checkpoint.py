@@ -66,8 +66,8 @@ def _read_torch(file: Path) -> Any:
 
 
 def _format_error(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 def _unwrap(loaded: Any) -> Any:

@@ -77,7 +77,10 @@ class NetworkStart:
             # Tensors whose size depends on the length of the embedding keep their random start.
             random_state = net.state_dict()
             resized = {name: random_state[name] for name in self.list_resized()}
-            load_state(net, {**self.state, **resized}, self.origin)
+            try:
+                load_state(net, {**self.state, **resized}, self.origin)
+            except WeightsError as error:
+                raise WeightsError(f"{error}. {_suggest_architecture(self)}") from error
         if dropout is not None:
             for module in net.modules():
                 if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -175,6 +178,35 @@ def resolve_start(config: ModelConfig, role: Role = "embedder") -> NetworkStart:
     dim = config.dim or _infer_dim(state, architecture, start.size)
     card = replace(card, dim=dim)
     return replace(start, dim=dim, card=card, state=state, origin=str(path), sha256=_hash_file(path))
+
+
+def _suggest_architecture(start: NetworkStart) -> str:
+    """Say of which other network the weights of a file are, as far as names and shapes tell."""
+    state = read_state(start.origin) if Path(start.origin).is_file() else {}
+    role = start.card.role
+    fitting = [one.name for one in ARCHITECTURES.values() if one.role == role and _fits(state, one)]
+    if fitting:
+        return f"It fits {' and '.join(fitting)}: set model.architecture={fitting[0]}"
+    return (
+        f"Neither {start.architecture.name} nor another network here has its tensors: "
+        "`facepipe models --architectures` lists them"
+    )
+
+
+def _fits(state: State, architecture: Architecture) -> bool:
+    """Tell whether weights fill exactly the layers of a network, but those of the embedding's length."""
+    named = rename_keys(state, architecture)
+    size = architecture.layout.size
+    ends = find_output_axes(architecture, _DEFAULT_DIM, size)
+    blank = _build_blank(architecture, _DEFAULT_DIM, size).state_dict()
+    expected = {name: tensor.shape for name, tensor in blank.items() if not _is_free(name, ends)}
+    given = {name: tensor.shape for name, tensor in named.items() if not _is_free(name, ends)}
+    return expected == given
+
+
+def _is_free(name: str, ends: dict[str, int]) -> bool:
+    """Tell whether a network may lack a tensor, or have it in another length."""
+    return name in ends or name.endswith("num_batches_tracked")
 
 
 def _read_own_checkpoint(path: Path) -> State | None:

@@ -194,7 +194,7 @@ def _prepare_order(
     fingerprint = order.fingerprint
     info = read_set_info(folder)
     # A training that resumes keeps its chips, even if the data has changed since.
-    if keep_outdated and info and info.asked == order.config_fingerprint:
+    if keep_outdated and info and order.has_config(info.asked):
         if info.fingerprint != fingerprint:
             log(f"the data has changed, but training resumes with the chips in {folder!r}; --fresh makes new ones")
         return ChipSet.open(folder)

@@ -93,18 +93,22 @@ class ChipOrder:
         # What people have decided changes labels without a new version of the gallery.
         decided = [DecisionTable(path).version for path in paths if DecisionTable(path).exists]
         files = [_get_file_mark(path) for path in (self.data.list, self.data.source)]
-        facts = [self._config_facts, versions, files, read_excluded_names(self.data)]
+        facts = [self._list_config_facts()[0], versions, files, read_excluded_names(self.data)]
         return _hash_facts([*facts, decided] if decided else facts)
 
     @property
     def config_fingerprint(self) -> str:
         """Hash of the part of the fingerprint that does not change if only the data changes."""
-        return _hash_facts(self._config_facts)
+        return _hash_facts(self._list_config_facts()[0])
 
-    @property
-    def _config_facts(self) -> list[Any]:
+    def has_config(self, fingerprint: str) -> bool:
+        """Tell whether a config fingerprint is of this order, as this version or an earlier one computed it."""
+        return fingerprint in {_hash_facts(facts) for facts in self._list_config_facts()}
+
+    def _list_config_facts(self) -> list[list[Any]]:
+        """List what `config_fingerprint` hashes, in the forms of this and of earlier versions."""
         layout = dataclasses.asdict(find_chip_layout(self.embedder))
-        return [_VERSION, dataclasses.asdict(self.data), layout, self.image_names]
+        return [[_VERSION, data, layout, self.image_names] for data in self.data.list_forms()]
 
 
 def _hash_facts(facts: list[Any]) -> str:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -75,7 +75,9 @@ class EmbedderPlan:
         identity = _hash_sections(config, _EMBEDDER_SECTIONS)
         identity["weights"] = start.sha256
         identity["images"] = train.info.fingerprint
-        return task, build_loop_settings(config, task, start, identity)
+        settings = build_loop_settings(config, task, start, identity)
+        earlier = frozenset(_hash_values(form) for form in config.data.list_forms())
+        return task, replace(settings, earlier={"data": earlier})
 
     def _build_task(self, net: nn.Module, head: nn.Module, train: ChipSet, model_input: Input) -> TrainingTask:
         config = self.config

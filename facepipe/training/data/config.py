@@ -1,13 +1,16 @@
 """The settings of the training data: a gallery or a source, its labels, and what must not be in it."""
 
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from facepipe.errors import ConfigError
 from facepipe.sources import SourceConfig
 from facepipe.sources.identity import IdentityRule
+
+# `exclude_share` decided alone until there was `exclude_probability`.
+_EARLIER_EXCLUDE_SHARE = 0.3
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,16 @@ class DataConfig:
         if self.max_images is not None and self.max_images < self.min_images:
             raise ConfigError(f"data.max_images={self.max_images} is less than data.min_images={self.min_images}")
         return self
+
+    def list_forms(self) -> tuple[dict[str, Any], ...]:
+        """List the settings as a dict, in the forms that this and earlier versions hash. Today's is the first."""
+        form = asdict(self)
+        if self.exclude_probability != DataConfig.exclude_probability:
+            return (form,)
+        earlier = {name: value for name, value in form.items() if name != "exclude_probability"}
+        if self.exclude_share == DataConfig.exclude_share:
+            earlier["exclude_share"] = _EARLIER_EXCLUDE_SHARE
+        return form, earlier
 
     @property
     def source_config(self) -> SourceConfig:

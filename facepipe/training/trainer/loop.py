@@ -49,6 +49,7 @@ class LoopSettings:
         layer_decay: factor on the learning rate per layer away from the output.
         validate_steps: steps between validations; the last step is validated as well. 0: no validation.
         identity: values by name that a checkpoint must have too; otherwise it belongs to another run.
+        earlier: by name, what versions before gave as value for the same settings.
         starts_at_random: whether the start weights are random: trained weights of the same score are preferred to them,
             and the scale of their space says nothing.
     """
@@ -61,6 +62,7 @@ class LoopSettings:
     layer_decay: float = 1.0
     validate_steps: int = 0
     identity: dict[str, str] = field(default_factory=dict)
+    earlier: dict[str, frozenset[str]] = field(default_factory=dict)
     starts_at_random: bool = False
 
 
@@ -430,7 +432,12 @@ class TrainingLoop:
     def _check_identity(self, identity: dict[str, str]) -> None:
         """Raise AgreedError if the checkpoint belongs to a run with other settings."""
         # A resumed run with other settings would end with weights that no single config explains.
-        changed = [name for name, value in self.settings.identity.items() if identity.get(name) != value]
+        earlier = self.settings.earlier
+        changed = [
+            name
+            for name, value in self.settings.identity.items()
+            if identity.get(name) not in {value, *earlier.get(name, ())}
+        ]
         if changed:
             raise AgreedError(
                 f"{self._run_config.output!r} holds checkpoints of a run with other settings ({', '.join(changed)}): "

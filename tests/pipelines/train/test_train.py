@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from facepipe.errors import ConfigError, ModelError, SourceError, TrainingError, WeightsError
+from facepipe.hashing import hash64
+from facepipe.models.zoo.registry import find_chip_layout
 from facepipe.training.config import ModelConfig
 from facepipe.training.data.lists import read_label_list
 from facepipe.training.start import resolve_start
@@ -29,6 +31,7 @@ from facepipe.training.trainer.checkpointing import CheckpointFolder
 from facepipe.training.trainer.config import OptimConfig, ScheduleConfig, TrainingRunConfig
 from facepipe.training.trainer.loop import LoopSettings
 from pipelines.chips.prepare import mark_in_use
+from pipelines.chips.run import ChipOrder
 from pipelines.train import plan, run
 from pipelines.train.angles import write_angles
 from pipelines.train.pipeline import catch_signals, read_config, train_plan
@@ -536,6 +539,51 @@ def test_losses_that_were_added_do_not_change_the_identity_of_earlier_runs() -> 
     )
 
 
+def test_a_training_of_before_exclude_probability_is_resumed(persons: Path, tmp_path: Path) -> None:
+    """Its chips and its checkpoints hold hashes of `data` with another default, and without the later field."""
+    output = tmp_path / "run"
+    settings = config(persons, output)
+    run(settings)
+    whole = (output / "model.safetensors").read_bytes()
+    earlier = {**dataclasses.asdict(settings.data), "exclude_share": 0.3}
+    del earlier["exclude_probability"]
+    order = ChipOrder(settings.data, "mobilefacenet")
+    facts = [2, earlier, dataclasses.asdict(find_chip_layout("mobilefacenet")), ()]
+    info = json.loads((output / "chips" / "set.json").read_text())
+    assert order.has_config(info["asked"])
+    info |= {"asked": f"{hash64(json.dumps(facts, sort_keys=True)):016x}", "fingerprint": "0123456789abcdef"}
+    (output / "chips" / "set.json").write_text(json.dumps(info))
+    # The run was killed after three of its four steps.
+    folder = CheckpointFolder(str(output))
+    contents = {path: checkpointing.read_checkpoint(path) for path in folder.list_paths()}
+    # That of the best validation has no identity, and stays.
+    contents = {path: content for path, content in contents.items() if "identity" in content}
+    checkpoint = min(contents.values(), key=lambda content: content["step"])
+    hashed = hashlib.sha256(json.dumps(earlier, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    checkpoint["identity"] |= {"data": hashed, "images": "0123456789abcdef"}
+    for path in (*contents, *output.glob("model.*")):
+        path.unlink()
+    folder.save(checkpoint)
+    assert run(settings).resumed == 3
+    assert (output / "model.safetensors").read_bytes() == whole
+    assert loaded(output)["identity"]["data"] != hashed
+    # Settings that count are still compared.
+    with pytest.raises(TrainingError, match=r"other settings \(data"):
+        run(config(persons, output, data={"exclude_share": 0.5}))
+
+
+@pytest.mark.parametrize(
+    ("data", "count"),
+    [({}, 2), ({"exclude_share": 0.3}, 2), ({"exclude_probability": 0.9}, 1), ({"min_images": 3}, 2)],
+)
+def test_settings_of_data_are_hashed_as_earlier_versions_did(data: dict[str, Any], count: int) -> None:
+    forms = read_config(BASE, {"data": data}).data.list_forms()
+    assert len(forms) == count
+    if count == 2:
+        assert "exclude_probability" not in forms[1]
+        assert forms[1]["exclude_share"] == 0.3
+
+
 def test_the_default_rate_is_resolved_before_anything_reads_it() -> None:
     assert read_config(BASE).optim.lr == 0.1
     assert read_config(BASE) == read_config(BASE, {"optim": {"lr": 0.1}}), "runs of older versions are resumed"
@@ -587,6 +635,29 @@ def test_weights_of_imagenet_start_a_resnet(tmp_path: Path) -> None:
     assert start.list_frozen_prefixes(ModelConfig(freeze="trunk")) == tuple(
         name for name, _ in built.named_parameters() if not name.startswith("embedding.")
     )
+
+
+def test_weights_of_another_network_say_which_it_is(persons: Path, tmp_path: Path) -> None:
+    """And no chip is cut before that."""
+    net = resolve_start(ModelConfig(architecture="resnet18")).build(0)
+    state = {f"module.{name}": tensor for name, tensor in net.state_dict().items() if "embedding" not in name}
+    torch.save({"state_dict": {**state, "module.fc.weight": torch.zeros(1000, 512)}}, tmp_path / "theirs.pth")
+
+    def start_from(name: str, architecture: str) -> Any:
+        model = {"architecture": architecture, "start": str(tmp_path / name)}
+        return config(persons, tmp_path / "run", model=model, schedule={"steps": 1, "validate": 0})
+
+    for other in ("resnet50", "mobilefacenet"):
+        with pytest.raises(WeightsError, match=r"It fits resnet18: set model\.architecture=resnet18"):
+            run(start_from("theirs.pth", other))
+    torch.save({"encoder.0.weight": torch.zeros(3, 3)}, tmp_path / "foreign.pth")
+    with pytest.raises(WeightsError, match="Neither resnet18 nor another network here has its tensors"):
+        run(start_from("foreign.pth", "resnet18"))
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(WeightsError, match=r"cannot be read as a checkpoint: \w+"):
+        run(start_from("text.pth", "resnet18"))
+    assert not (tmp_path / "run" / "chips").exists()
+    assert run(start_from("theirs.pth", "resnet18")).step == 1
 
 
 def test_weights_to_start_from_are_checked(persons: Path, tmp_path: Path) -> None:

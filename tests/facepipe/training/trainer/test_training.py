@@ -229,6 +229,9 @@ def test_a_run_with_other_settings_is_refused(tmp_path: Path) -> None:
     other = replace(settings(tmp_path), identity={"a": "c"})
     with pytest.raises(TrainingError, match=r"a run with other settings \(a\): start again with --fresh"):
         trained(Toy(), other)
+    # What an earlier version hashed for the same settings is taken.
+    same = replace(settings(tmp_path), identity={"a": "c"}, earlier={"a": frozenset({"b", "d"})})
+    assert trained(Toy(), same).resumed == 2
 
 
 def test_early_stopping_and_plateaus(tmp_path: Path) -> None:
