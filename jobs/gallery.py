@@ -118,7 +118,9 @@ def _print_info(description: dict[str, Any]) -> None:
     # Tables without rows are left out.
     if description["errors"]:
         rows = [(error["status"], error["error"], error["images"]) for error in description["errors"]]
-        print_table("why images failed", ("status", "error", "images"), rows)
+        files = description["errors_files"]
+        part = "" if files["read"] == files["of"] else f", in {files['read']} of {files['of']} files with failed images"
+        print_table(f"why images failed{part}", ("status", "error", "images"), rows)
     if description["index"]:
         print_table("index", ("", ""), description["index"].items())
     if description["decisions"]:
@@ -164,12 +166,16 @@ def verify(
             show_default=False,
         ),
     ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Comparison of names and sizes with the log only: no file is read.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check a whole gallery and its index for damage.
 
     All files are read, and their checksums, counts, unique ids and unit norms are checked, and that no receipt of an
-    erasure is missing or altered. The exit code is 1 if a check fails. A gallery is sound if nothing is damaged, and
+    erasure is missing or altered. With --quick it takes seconds, and shows only whether files are missing or have other
+    sizes. The exit code is 1 if a check fails. A gallery is sound if nothing is damaged, and
     complete if its index holds every face; one that is sound but not complete ends with code 0.
 
     With --erased, check instead that no row, vector, old file, log entry or report still holds what the receipt lists
@@ -178,6 +184,8 @@ def verify(
     For example:
 
         facepipe verify gallery/
+
+        facepipe verify gallery/ --quick
 
         facepipe verify gallery/ --erased gallery/erased/20261122T031500-0a1b2c.json
 
@@ -188,7 +196,13 @@ def verify(
             from facepipe.errors import ConfigError
 
             raise ConfigError("--also needs a receipt: add --erased RECEIPT")
-        if erased:
+        if quick and erased:
+            from facepipe.errors import ConfigError
+
+            raise ConfigError("--quick reads no file, and a proof of an erasure reads all: choose one of them")
+        if quick:
+            _verify_quickly(gallery, as_json=as_json)
+        elif erased:
             _verify_erased(gallery, erased, also or [], of_other_gallery=other_gallery, as_json=as_json)
         else:
             _verify_gallery(gallery, as_json=as_json)
@@ -225,6 +239,33 @@ def _verify_gallery(path: str, *, as_json: bool) -> None:
     # Print the result before the command fails, so that programs get the JSON in any case.
     result = {**figures, "problems": problems, "complete": not gaps, "gaps": gaps}
     print_result(result, as_json=as_json, print_text=print_text)
+    if problems:
+        fail(f"{len(problems)} problems", ExitCode.FAILED)
+
+
+def _verify_quickly(path: str, *, as_json: bool) -> None:
+    """Compare the names and sizes of a gallery's files with its log and with the index's manifest."""
+    from facepipe.erasure.chain import read_chain
+    from facepipe.gallery import Gallery
+    from facepipe.gallery.maintenance.quick import check_files
+    from facepipe.index.manifest import exists
+    from facepipe.index.verify import check_index_files
+
+    gallery = Gallery(path)
+    checked = check_files(gallery)
+    problems = checked.problems
+    if exists(gallery.path):
+        problems += check_index_files(gallery)
+    problems += read_chain(gallery.path).problems
+    figures = {name: getattr(checked, name) for name in ("version", "files", "rows", "faces")}
+
+    def print_text() -> None:
+        print_table(f"verify --quick {path}", ("", "count"), figures.items())
+        print(
+            "\n".join(problems) or "all files are there, with the sizes that were written; what is in them was not read"
+        )
+
+    print_result({**figures, "problems": problems}, as_json=as_json, print_text=print_text)
     if problems:
         fail(f"{len(problems)} problems", ExitCode.FAILED)
 

@@ -1,12 +1,15 @@
 """Compact a gallery: join small files to large ones, and delete files that no reader needs any more."""
 
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from facepipe.decisions.table import compact_table
 from facepipe.erasure.takeup import RequestTaker
+from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
 from facepipe.gallery.commits.committer import Committer
+from facepipe.gallery.file_counts import refresh_counts
 from facepipe.gallery.maintenance.compact import CompactConfig, compact_files, fold_marks, plan_compaction
 from facepipe.gallery.maintenance.text_repair import count_files_to_repair, repair_text
 from facepipe.gallery.maintenance.vacuum import claim_unreferenced, delete_files, delete_uploads, find_unreferenced
@@ -58,7 +61,13 @@ class CompactSummary:
     dry_run: bool = False
 
 
-def run(config: CompactConfig, gallery: str, everything: bool = False, dry_run: bool = False) -> CompactSummary:
+def run(
+    config: CompactConfig,
+    gallery: str,
+    everything: bool = False,
+    dry_run: bool = False,
+    dated: Collection[str] = (),
+) -> CompactSummary:
     """Join small files if there are enough of them, and delete what left the table long ago.
 
     No row changes, and the index stays as it is. A table of an older version is repaired first: its labels get their
@@ -69,6 +78,7 @@ def run(config: CompactConfig, gallery: str, everything: bool = False, dry_run: 
         gallery: path or URL of the gallery.
         everything: join from two small files on, and look for text to repair in any table.
         dry_run: only count, and write nothing, not even a record of the run.
+        dated: names of sources with a retention: their files are joined in the order of their times.
 
     Raises:
         GalleryBusyError: another run is writing to the gallery.
@@ -76,18 +86,18 @@ def run(config: CompactConfig, gallery: str, everything: bool = False, dry_run: 
     table = Gallery(gallery)
     if dry_run:
         return _preview(config, table, everything)
-    return _compact(config, table.path, everything)
+    return _compact(config, table.path, everything, dated)
 
 
 @record_calls("compact")
-def _compact(config: CompactConfig, gallery: str, everything: bool) -> CompactSummary:
+def _compact(config: CompactConfig, gallery: str, everything: bool, dated: Collection[str]) -> CompactSummary:
     with hold_lease(gallery) as lease:
         table = Gallery(gallery)
         current_run = get_current_run()
         commit = Committer(table, current_run.id if current_run else new_run_id(), lease)
         repaired = repair_text(table, commit, everything=everything)
         table = Gallery(gallery)
-        groups = plan_compaction(table, config, everything)
+        groups = plan_compaction(table, config, everything, dated)
         # Join first and delete after the commit: files that were joined just now are kept for their readers.
         with RequestTaker(commit, lease) as taker:
             taker.start()
@@ -99,6 +109,8 @@ def _compact(config: CompactConfig, gallery: str, everything: bool) -> CompactSu
             delete_uploads(gallery, lease)
         decisions = compact_table(gallery, config.keep_hours * _SECONDS_PER_HOUR, everything=everything)
         compacted = Gallery(gallery)
+        with suppress(StorageError):  # without these counts `info` is slower, and nothing else
+            refresh_counts(compacted)
         return CompactSummary(
             repaired=repaired,
             joined=fewer + len(groups),

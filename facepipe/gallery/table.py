@@ -343,16 +343,28 @@ class Gallery:
         listed: list[str] = paths.to_pylist()
         return listed
 
+    def read_sizes(self) -> pa.Table:
+        """Read from the log the path, bytes, rows and faces of each file, as columns of one table.
+
+        In a table of very many files this costs much less than `files`.
+        """
+        actions = pa.table(self._table.get_add_actions(flatten=True))
+        self._check_names(actions["path"])
+        rows = pc.fill_null(actions["num_records"], 0)
+        faces = rows
+        if "null_count.face_id" in actions.column_names:
+            faces = pc.subtract(rows, pc.fill_null(actions["null_count.face_id"], 0))
+        columns = {"path": actions["path"], "size_bytes": actions["size_bytes"], "rows": rows, "faces": faces}
+        return pa.table(columns)
+
     def count_totals(self) -> TableTotals:
         """Count files, bytes, rows and faces by the log. No list of files is made."""
-        actions = pa.table(self._table.get_add_actions(flatten=True))
-        rows = pc.sum(actions["num_records"]).as_py() or 0
-        faceless = actions["null_count.face_id"] if "null_count.face_id" in actions.column_names else None
+        sizes = self.read_sizes()
         return TableTotals(
-            files=actions.num_rows,
-            bytes=pc.sum(actions["size_bytes"]).as_py() or 0,
-            rows=rows,
-            faces=rows - ((pc.sum(faceless).as_py() or 0) if faceless is not None else 0),
+            files=sizes.num_rows,
+            bytes=pc.sum(sizes["size_bytes"]).as_py() or 0,
+            rows=pc.sum(sizes["rows"]).as_py() or 0,
+            faces=pc.sum(sizes["faces"]).as_py() or 0,
         )
 
     def _check_names(self, paths: pa.ChunkedArray | None = None) -> None:

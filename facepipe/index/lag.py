@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from facepipe.errors import FacepipeError, IndexingError
 from facepipe.gallery import Gallery
 from facepipe.gallery.commits.log import find_last_equal_version
@@ -110,8 +113,14 @@ def describe_gaps(gallery: Gallery) -> list[str]:
 def _count_changed(gallery: Gallery, version: int) -> int:
     """Count the faces in files that only one of two versions has; very many if the older one cannot be opened."""
     try:
-        old = {file["path"]: file["faces"] for file in Gallery(gallery.path, version).files()}
+        old = Gallery(gallery.path, version).read_sizes()
     except FacepipeError:
         return _MAX_COMPARED + 1
-    new = {file["path"]: file["faces"] for file in gallery.files()}
-    return sum(old[path] for path in old.keys() - new) + sum(new[path] for path in new.keys() - old)
+    new = gallery.read_sizes()
+    return _count_faces_beside(old, new) + _count_faces_beside(new, old)
+
+
+def _count_faces_beside(files: pa.Table, others: pa.Table) -> int:
+    """Count the faces in files that are not among others."""
+    is_other = pc.is_in(files["path"], value_set=others["path"].combine_chunks())
+    return int(pc.sum(files["faces"].filter(pc.invert(is_other))).as_py() or 0)

@@ -11,7 +11,7 @@ from facepipe.index.manifest import INCOMPLETE, FileDigest, Manifest, list_files
 from facepipe.index.rows import read_face_ids
 from facepipe.index.shard import Shard
 from facepipe.index.update import read_live_ids
-from facepipe.storage import describe_error
+from facepipe.storage import NoSuchFileError, describe_error, get_entry, join
 from facepipe.storage.hashtable import HashTable
 from facepipe.storage.store import Store
 from facepipe.types import Int64
@@ -46,6 +46,25 @@ def _check_file(store: Store, path: str, file: FileDigest) -> str | None:
     if digest.bytes != file.bytes:
         return f"has {digest.bytes} bytes, not {file.bytes}"
     return None if digest.sha256 == file.sha256 else "checksum differs, the file was altered"
+
+
+def check_index_files(gallery: Gallery) -> list[str]:
+    """List the files of a gallery's index that are missing, or have other sizes than its manifest names."""
+    try:
+        manifest = load(gallery.path)
+    except IndexingError as error:
+        return [str(error)]
+    folder = open_index_store(gallery.path).url
+    problems = []
+    for path, file in list_files(manifest):
+        try:
+            size = get_entry(join(folder, path)).size
+        except NoSuchFileError:
+            problems.append(f"index/{path}: is missing")
+            continue
+        if size != file.bytes:
+            problems.append(f"index/{path}: has {size} bytes, not {file.bytes}")
+    return problems
 
 
 def verify_index(gallery: Gallery) -> list[str]:

@@ -3,11 +3,13 @@
 import csv
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow.dataset as ds
 
+from facepipe.gallery.changes import PartialGallery
+from facepipe.gallery.file_counts import count_images, list_files_with
 from facepipe.gallery.table import Gallery
 from facepipe.observe import runs
 from facepipe.observe.runs import RunRecord
@@ -20,6 +22,8 @@ from facepipe.text import protect_cell
 
 _MAX_ERRORS = 20
 _MAX_RUNS = 10
+# Files that are read for the reasons why images failed.
+_MAX_FILES = 4096
 # Commits that are read to find when a run that was killed was last seen.
 _MAX_COMMITS = 200
 _DAY = 86400.0
@@ -30,14 +34,16 @@ _FAILED_COLUMNS = ("path", "status", "error")
 def describe_gallery(gallery: Gallery) -> dict[str, Any]:
     """Collect counts by status, contract, files and bytes, the most frequent errors and the last runs."""
     totals = gallery.count_totals()
+    errors = count_errors(gallery)
     return {
         "path": gallery.path,
         "version": gallery.version,
-        "counts": gallery.counts(),
+        "counts": count_images(gallery),
         "files": totals.files,
         "bytes": totals.bytes,
         "contract": asdict(gallery.contract),
-        "errors": count_errors(gallery),
+        "errors": errors.counts,
+        "errors_files": {"read": errors.files_read, "of": errors.files},
         "runs": describe_runs(gallery),
     }
 
@@ -124,15 +130,36 @@ def write_failed(gallery: Gallery, path: str) -> int:
     return count
 
 
-def count_errors(gallery: Gallery) -> list[dict[str, Any]]:
-    """Count failed images by status and reason, most frequent first."""
+@dataclass(frozen=True)
+class ErrorCounts:
+    """Why images failed.
+
+    Attributes:
+        counts: Images by status and reason, most frequent first, of the files that were read.
+        files_read: Files that were read.
+        files: Files of the table with failed images.
+    """
+
+    counts: list[dict[str, Any]]
+    files_read: int
+    files: int
+
+
+def count_errors(gallery: Gallery) -> ErrorCounts:
+    """Count failed images by status and reason.
+
+    Only files with failed images are read, and of very many only some, spread over the table.
+    """
     counts: Counter[tuple[str, str]] = Counter()
-    for batch in gallery.batches(["status", "error"], ds.field("status").isin(FAILED)):
+    files = list_files_with(gallery, FAILED)
+    chosen = files[:: -(-len(files) // _MAX_FILES)] if files else []
+    for batch in PartialGallery(gallery, chosen).batches(["status", "error"], ds.field("status").isin(FAILED)):
         counts.update(zip(batch["status"].to_pylist(), batch["error"].to_pylist(), strict=True))
         # Reasons may quote sizes, so their number is not bounded: keep the most frequent ones only.
         if len(counts) > 50 * _MAX_ERRORS:
             counts = Counter(dict(counts.most_common(10 * _MAX_ERRORS)))
-    return [
+    rows = [
         {"status": status, "error": error, "images": images}
         for (status, error), images in counts.most_common(_MAX_ERRORS)
     ]
+    return ErrorCounts(rows, len(chosen), len(files))

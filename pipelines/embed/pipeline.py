@@ -21,6 +21,7 @@ from facepipe.gallery.commits.missing import MissingGuard, mark_missing
 from facepipe.gallery.commits.parts import PartRecord
 from facepipe.gallery.commits.unlisted import ListingFigures, read_figures, write_listing
 from facepipe.gallery.failures import RetryRule
+from facepipe.gallery.file_counts import refresh_counts
 from facepipe.gallery.known import KnownImages
 from facepipe.gallery.sources import SOURCES_PROPERTY, SourceRows, write_source
 from facepipe.gallery.table import RUNS
@@ -275,7 +276,11 @@ class _EmbedRun:
             figures = read_figures(listing.folder)
             if self._config.missing.policy == "mark":
                 self._mark_missing(listing.folder, figures, figures.unlisted - counts.vanished, commit, summary)
-        summary.version = Gallery(self._gallery.path).version
+        table = Gallery(self._gallery.path)
+        summary.version = table.version
+        # Without these counts `info` is slower, and nothing else.
+        with suppress(StorageError):
+            refresh_counts(table)
         return summary
 
     def _run_once(

@@ -127,6 +127,15 @@ def is_dated(source: NightSource) -> bool:
     return source.retention_days is not None
 
 
+def list_dated_sources(config: NightlyConfig, gallery: Gallery) -> list[str]:
+    """List the names that a gallery has for the sources with a retention."""
+    register = SourceRegister.read(gallery)
+    known = [
+        register.find(locate_source(source.to_source()), source.name) for source in config.source if is_dated(source)
+    ]
+    return [source.name for source in known if source is not None]
+
+
 @dataclass
 class _Erased:
     """An erasure of a night.

@@ -30,7 +30,7 @@ from pipelines.index import IndexConfig
 from pipelines.job import JobSummary, OnEmbed, OnLine, check_job
 from pipelines.nightly.clusters import explain_no_clusters
 from pipelines.nightly.config import NightlyConfig, NightSource, name_own_setting
-from pipelines.nightly.guard import NightGuard, PlannedErasure, is_dated, plan_erasures
+from pipelines.nightly.guard import NightGuard, PlannedErasure, is_dated, list_dated_sources, plan_erasures
 from pipelines.nightly.preview import preview_night
 from pipelines.runtime.run_record import attach_summary, record_calls
 
@@ -311,4 +311,5 @@ class _Night:
     def compact_table(self) -> None:
         """Join small files of the table into large ones, if there are enough of them."""
         with self._measure("compact"):
-            self.summary.add_step("compact", compact.run(self.config.compact, self.gallery))
+            dated = list_dated_sources(self.config, Gallery(self.gallery))
+            self.summary.add_step("compact", compact.run(self.config.compact, self.gallery, dated=dated))

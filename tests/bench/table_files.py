@@ -3,7 +3,7 @@
     python tests/bench/table_files.py [--files 20000 100000 400000] [--folder FOLDER]
 
 The log is real: statistics of real rows, in entries of 25,000 files. The table's files are links to a few files of one row
-each, so that a scan opens every one of them. Each step runs in a process of its own, and prints seconds, CPU seconds,
+each, so that a scan opens every one of them. Their images are counted, as runs leave them (facepipe.gallery.file_counts). Each step runs in a process of its own, and prints seconds, CPU seconds,
 how long the interpreter stood still for other threads (a lease's heartbeat is one), and the memory that it took.
 """
 
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from galleries import CONTRACT, Faces, rows
 
 from facepipe.gallery import Gallery
@@ -32,10 +33,13 @@ from facepipe.gallery.commits import log
 from facepipe.gallery.commits.committer import Committer
 from facepipe.gallery.commits.parts import PartRecord, compute_statistics, encode_parquet
 from facepipe.gallery.maintenance import vacuum
+from facepipe.gallery.maintenance.quick import check_files
+from facepipe.gallery.table import RUNS
 from facepipe.observe.info import describe_gallery
+from facepipe.schema import OK, STATUSES
 from facepipe.storage.lease import hold_lease
 
-STEPS = ("open", "files", "names", "totals", "first", "scan", "info", "unnamed", "commits", "history")
+STEPS = ("open", "files", "names", "totals", "first", "scan", "info", "quick", "unnamed", "commits", "history")
 PER_ENTRY = 25_000
 LINKS = 50_000  # that a file may have: ext4 allows 65,000
 
@@ -72,6 +76,11 @@ def make_gallery(path: str, count: int) -> None:
             version += 1
             log.write_entry(gallery.faces_folder, version, "WRITE", actions)
             actions = []
+    # All files hold one face.
+    counts = {**dict.fromkeys(STATUSES, 0), OK: 1, "faces": 1}
+    table = pa.table({"path": Gallery(path).list_paths(), **{key: [value] * count for key, value in counts.items()}})
+    Path(path, RUNS).mkdir(exist_ok=True)
+    pq.write_table(table, Path(path, RUNS, "counts.parquet"), compression="zstd")
 
 
 def run_step(step: str, path: str) -> None:
@@ -107,6 +116,7 @@ def run_step(step: str, path: str) -> None:
         "first": lambda: next(gallery.batches(["uri", "identity"])),
         "scan": lambda: sum(batch.num_rows for batch in gallery.batches(["uri", "identity"])),
         "info": lambda: describe_gallery(gallery),
+        "quick": lambda: check_files(gallery),
     }
     measure(step, steps[step])
 

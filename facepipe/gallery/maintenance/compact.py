@@ -1,9 +1,13 @@
 """Compaction: join many small files of the table to few large ones, and fold marks into rows.
 
 What this package reads of the table stays the same, and the index is not touched.
+
+Files of different sources are not joined, so that a source can be erased without writing rows of others anew. Files of
+a source with a retention are joined in the order of their times: what falls due is then in few files, and most of them
+go as a whole.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +33,8 @@ from facepipe.gallery.table import Gallery
 _FOLDED_SHARE = 0.02
 # Marks are folded into files of about this size per commit, so that a crash loses no more.
 _FOLDED_BYTES = 1 << 30
+# Sources that are kept apart at most.
+_MOST_SOURCES = 256
 
 FileGroup = list[dict[str, Any]]
 """Files, as `Gallery.files` describes them, that are joined to one."""
@@ -49,24 +55,54 @@ class CompactConfig:
     keep_hours: float = 24.0
 
 
-def plan_compaction(gallery: Gallery, config: CompactConfig, everything: bool = False) -> list[FileGroup]:
+def plan_compaction(
+    gallery: Gallery, config: CompactConfig, everything: bool = False, dated: Collection[str] = ()
+) -> list[FileGroup]:
     """Group the files to be joined, each group of about the target size.
 
     Args:
         gallery: the gallery.
         config: sizes and counts.
         everything: join from two small files on.
+        dated: names of sources with a retention.
 
     Returns:
         The groups; none if there are too few small files.
     """
     # Files of half the target or more are left: joining them would write much for little.
     small = [file for file in gallery.files() if file["size_bytes"] < config.target_bytes / 2]
-    if len(small) < (2 if everything else config.fewest):
+    by_source = _split_by_source(small)
+    # One small file per source may be left over, whatever is joined.
+    surplus = len(small) - len(by_source)
+    if surplus < (1 if everything else max(1, config.fewest - 1)):
         return []
+    groups: list[FileGroup] = []
+    for source, files in by_source.items():
+        key = _get_time_key if source in dated else _get_uri_key
+        groups += _group_files(sorted(files, key=key), config.target_bytes)
+    return groups
+
+
+def _split_by_source(files: FileGroup) -> dict[str, FileGroup]:
+    """Split files by the source of all their rows. Files of several or unknown sources are a part of their own.
+
+    Of very many sources all are one part: each would leave a small file.
+    """
+    parts: dict[str, FileGroup] = {}
+    for file in files:
+        source: str | None = file.get("min.source")
+        is_one = source == file.get("max.source")
+        parts.setdefault(source if source and is_one else "", []).append(file)
+    return parts if len(parts) <= _MOST_SOURCES else {"": files}
+
+
+def _get_uri_key(file: dict[str, Any]) -> tuple[str, str]:
     # Neighbours by uri make a joined file with a narrow range of uris, which filters can skip.
-    by_uri = sorted(small, key=lambda file: (file["min.uri"] or "", file["path"]))
-    return list(_group_files(by_uri, config.target_bytes))
+    return file["min.uri"] or "", file["path"]
+
+
+def _get_time_key(file: dict[str, Any]) -> tuple[str, str]:
+    return str(file.get("min.ingested_at") or ""), file["path"]
 
 
 def _group_files(files: FileGroup, target_bytes: int) -> Iterator[FileGroup]:

@@ -1,0 +1,252 @@
+"""What a night costs step by step, if the gallery grows and the changes do not.
+
+    python tests/bench/night_growth.py [--images 100000 1000000] [--changes 1000] [--folder FOLDER] [--profile]
+
+A folder of tiny files, a thousand in each folder, goes through the whole of `nightly`: listing, screening, blocks, parts,
+commits, index, erasure, copies, compaction. Only the chain is fake: a stage reads each file and draws a face, so that no
+decoder and no model is in the figures. Clusters are left out: `nightly.py` in this folder has them.
+
+The first night takes everything in. Then come two nights that only list, and two with changes: half of them are new files,
+three tenths are other contents under the same name, one tenth is touched, one tenth is removed and erased. Changes are drawn from
+all files. Printed are seconds of CPU per step, of this process and of its children, in the last night of each kind.
+"""
+
+import argparse
+import cProfile
+import os
+import platform
+import pstats
+import resource
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from datetime import date
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from simulation import MIB, Drawn
+
+from facepipe.config import build
+from facepipe.gallery import Gallery
+from facepipe.gallery.changes import ReadMark
+from facepipe.hashing import compute_face_id, compute_image_id, hash64
+from facepipe.schema import TOUCHED
+from pipelines.dedup.pipeline import MARK, NAME
+from pipelines.embed import EmbedConfig
+from pipelines.nightly import pipeline as nightly
+from pipelines.nightly.config import NightlyConfig
+from pipelines.runtime.plan import WorkerGroup
+
+PER_FOLDER = 1000
+STEPS = ("embed", "index", "erase", "dedup", "compact")
+
+
+@dataclass(frozen=True)
+class DrawnByContent(Drawn):
+    """The one stage: a random face per file, whose ids follow from the file's bytes, as in a real run."""
+
+    needs: ClassVar[tuple[str, ...]] = ("uri", "path", "fingerprint", "identity", "offset", "previous")
+
+    def __call__(self, items: pa.Table) -> pa.Table:
+        rows = super().__call__(
+            items.set_column(items.column_names.index("offset"), "offset", pa.array([1] * items.num_rows))
+        )
+        images = [compute_image_id(Path(os.fsdecode(path)).read_bytes()) for path in items["path"].to_pylist()]
+        uris = items["uri"].to_pylist()
+        ids = [compute_face_id(uri, image, 0) for uri, image in zip(uris, images, strict=True)]
+        previous = items["previous"].to_pylist()
+        is_same = [hash64(image) == old for image, old in zip(images, previous, strict=True)]
+        columns: dict[str, Any] = {
+            "image_id": pa.array(images),
+            "face_id": pa.array(ids, pa.int64()),
+            "status": pc.if_else(pa.array(is_same), TOUCHED, rows["status"]),
+        }
+        for name, column in columns.items():
+            rows = rows.set_column(rows.column_names.index(name), name, column)
+        return rows
+
+
+@dataclass(frozen=True)
+class DrawnEmbed(EmbedConfig):
+    """An embedding whose chain is that stage."""
+
+    def build_stages(self, group: WorkerGroup) -> tuple[Any, ...]:
+        return (DrawnByContent(),)
+
+
+class DrawnNights(NightlyConfig):
+    """A night whose embeddings are that."""
+
+    def build_source_config(self, source: Any) -> EmbedConfig:
+        config = super().build_source_config(source)
+        return DrawnEmbed(**{key.name: getattr(config, key.name) for key in fields(EmbedConfig)})
+
+
+class Corpus:
+    """Files that come, change and go, by number."""
+
+    def __init__(self, folder: Path, count: int):
+        self.folder = folder
+        self.next = 0
+        self.numbers: list[int] = []
+        self.generation = 0
+        self.rng = np.random.default_rng(5)
+        self.add(count)
+
+    def get_path(self, number: int) -> str:
+        return f"{self.folder}/{number // PER_FOLDER:06d}/{number:09d}.jpg"
+
+    def write(self, number: int, text: str) -> None:
+        with open(self.get_path(number), "w") as file:
+            file.write(text)
+
+    def add(self, count: int) -> None:
+        for number in range(self.next, self.next + count):
+            if number % PER_FOLDER == 0:
+                os.makedirs(os.path.dirname(self.get_path(number)), exist_ok=True)
+            self.write(number, f"{number}")
+            self.numbers.append(number)
+        self.next += count
+
+    def change(self, count: int) -> None:
+        self.generation += 1
+        at = self.rng.choice(len(self.numbers), count // 2, replace=False)
+        changed, touched, removed = np.split(at, [3 * count // 10, 4 * count // 10])
+        for n in changed.tolist():
+            self.write(self.numbers[n], f"{self.numbers[n]} of day {self.generation}")
+        for n in touched.tolist():
+            os.utime(self.get_path(self.numbers[n]))
+        for n in removed.tolist():
+            os.unlink(self.get_path(self.numbers[n]))
+        gone = set(removed.tolist())
+        self.numbers = [number for n, number in enumerate(self.numbers) if n not in gone]
+        self.add(count - count // 2)
+
+
+class Watch:
+    """Measures the CPU seconds of each step of a night, and the memory."""
+
+    def __init__(self, *, profiles: bool) -> None:
+        self.cpu: dict[str, float] = {}
+        self.profiles: dict[str, list[cProfile.Profile]] = {}
+        self._profiles = profiles
+        measure = nightly._Night._measure
+
+        @contextmanager
+        def measure_cpu(night: Any, step: str, source: str = "") -> Iterator[None]:
+            before = read_cpu()
+            profile = cProfile.Profile() if self._profiles else None
+            if profile:
+                profile.enable()
+            try:
+                with measure(night, step, source):
+                    yield
+            finally:
+                if profile:
+                    profile.disable()
+                    self.profiles.setdefault(step, []).append(profile)
+                self.cpu[step] = self.cpu.get(step, 0.0) + read_cpu() - before
+
+        nightly._Night._measure = measure_cpu  # type: ignore[method-assign, assignment]
+
+    def run(self, config: NightlyConfig) -> dict[str, float]:
+        self.cpu = {}
+        self.profiles = {}
+        summary = nightly.run(config)
+        assert summary.failures == [], summary.failures
+        return dict(self.cpu)
+
+    def show_profiles(self) -> None:
+        for step, profiles in self.profiles.items():
+            print(f"\n{step}")
+            pstats.Stats(*profiles).sort_stats("cumulative").print_stats(60)
+
+
+def read_cpu() -> float:
+    total = 0.0
+    for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
+        usage = resource.getrusage(who)
+        total += usage.ru_utime + usage.ru_stime
+    return total
+
+
+def build_config(place: Path) -> NightlyConfig:
+    return build(
+        DrawnNights,
+        {"gallery": str(place / "g"), "source": [{"uri": str(place / "in"), "name": "in", "missing": "erase"}]},
+        {"detect": {"model": "fake-detector"}, "embed": {"model": "fake-embedder"}, "run": {"runner": "inline"}},
+        {"night": {"clusters": "no", "dedup": True}, "compact": {"fewest": 2}},
+    )
+
+
+def measure_gallery(count: int, changes: int, place: Path, watch: Watch) -> tuple[dict[str, float], dict[str, float]]:
+    place.mkdir(exist_ok=True)
+    corpus = Corpus(place / "in", count)
+    config = build_config(place)
+    # Copies are looked for from the second night on: the first would compare everything with everything.
+    first = replace(config, night=replace(config.night, dedup=False))
+    print(f"\n{count} images, first night: {show(watch.run(first))}", flush=True)
+    gallery = Gallery(config.gallery)
+    report = place / "g" / "reports" / NAME
+    report.mkdir(parents=True, exist_ok=True)
+    ReadMark.from_gallery(gallery).save(str(report / MARK))
+    watch.run(config)
+    unchanged = watch.run(config)
+    print(f"nothing changed: {show(unchanged)}", flush=True)
+    corpus.change(changes)
+    watch.run(config)
+    corpus.change(changes)
+    changed = watch.run(config)
+    print(f"{changes} changes: {show(changed)}", flush=True)
+    files = gallery.count_totals()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
+    print(f"{files.files} files of {files.bytes / 1e6:.0f} MB; peak of this process {peak:.0f} MiB")
+    return unchanged, changed
+
+
+def show(cpu: dict[str, float]) -> str:
+    parts = [f"{step} {cpu.get(step, 0.0):.2f}" for step in STEPS]
+    return f"{sum(cpu.values()):.2f} s of CPU; " + ", ".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, nargs="+", default=[100_000, 1_000_000])
+    parser.add_argument("--changes", type=int, default=1000)
+    parser.add_argument("--folder", help="where the files and galleries go; they are deleted again")
+    parser.add_argument("--keep", action="store_true", help="keep them")
+    parser.add_argument("--profile", action="store_true", help="print a profile of the last night")
+    args = parser.parse_args()
+    print(f"{date.today()}, {platform.processor()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.0f}")
+    print(f"`python {shlex.join(sys.argv)}`")
+    watch = Watch(profiles=args.profile)
+    totals = []
+    for count in args.images:
+        place = Path(tempfile.mkdtemp(dir=args.folder))
+        try:
+            totals.append(measure_gallery(count, args.changes, place, watch))
+        finally:
+            if not args.keep:
+                shutil.rmtree(place)
+        if args.profile:
+            watch.show_profiles()
+    if len(totals) > 1:
+        names = ("nothing changed", f"{args.changes} changes")
+        for name, first, last in zip(names, totals[0], totals[-1], strict=True):
+            ratios = [f"{step} {last[step] / max(0.01, first[step]):.1f}" for step in STEPS]
+            print(
+                f"{name}: {args.images[-1]} images over {args.images[0]}: {', '.join(ratios)}, all {sum(last.values()) / sum(first.values()):.1f}"
+            )
+
+
+if __name__ == "__main__":
+    from night_growth import main as start  # as a module of that name workers can import the stage
+
+    start()
