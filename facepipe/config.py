@@ -87,15 +87,32 @@ def resolve_paths(
     for key in keys:
         *sections, name = key.split(".")
         for section in _find_sections(tree, sections):
-            value = section.get(name)
-            if not isinstance(value, str) or not value or "://" in value or os.path.isabs(value) or not is_path(value):
-                continue
-            beside = os.path.join(os.path.abspath(folder), value)
-            if _has_start(value) and not _has_start(beside):
-                notes.append(f"{key}={value!r} is in the working folder; paths in a config are relative to its folder")
-            else:
-                section[name] = beside
+            values = section.get(name)
+            resolved = []
+            for value in values if isinstance(values, list) else [values]:
+                path, is_elsewhere = _resolve_path(value, folder, is_path)
+                resolved.append(path)
+                if is_elsewhere:
+                    notes.append(
+                        f"{key}={value!r} is in the working folder; paths in a config are relative to its folder"
+                    )
+            if name in section:
+                section[name] = resolved if isinstance(values, list) else resolved[0]
     return notes
+
+
+def _resolve_path(value: Any, folder: str, is_path: Callable[[str], bool]) -> tuple[Any, bool]:
+    """Make a relative path relative to a folder.
+
+    Returns:
+        The path, or the value if it is none; and whether it is in the working folder instead.
+    """
+    if not isinstance(value, str) or not value or "://" in value or os.path.isabs(value) or not is_path(value):
+        return value, False
+    beside = os.path.join(os.path.abspath(folder), value)
+    if _has_start(value) and not _has_start(beside):
+        return value, True
+    return beside, False
 
 
 def _find_sections(tree: Tree, path: list[str]) -> list[Tree]:

@@ -70,6 +70,15 @@ def embed(
         bool,
         typer.Option("--aligned", help="Images are aligned crops already, such as 112x112: run no detector."),
     ] = False,
+    boxes: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            metavar="FILE",
+            help="List of the faces of images, which no detector then searches: CSV of boxes or landmarks, or COCO's "
+            "JSON; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     retry: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -104,6 +113,8 @@ def embed(
 
         facepipe embed faces_emore/train.rec gallery/ --aligned
 
+        facepipe embed VGGFace2/train gallery/ --boxes loose_bb_train.csv --boxes loose_landmark_train.csv
+
         facepipe embed casia.txt gallery/ --set source.root=/data/casia --set detect.min_score=0.5
 
         facepipe embed photos/ gallery/ --set decode.max_pixels=200000000 --retry decode_error,crashed
@@ -118,9 +129,17 @@ def embed(
 
         if aligned and detector is not None:
             fail("--aligned runs no detector: leave --detector out", ExitCode.USAGE)
+        if aligned and boxes:
+            fail("--aligned knows where faces are: leave --boxes out", ExitCode.USAGE)
         # Options override the config file only if they are given.
         options = {
-            "source": select_set(uri=source, identity=identity, label_column=label_column, label_prefix=label_prefix),
+            "source": select_set(
+                uri=source,
+                identity=identity,
+                label_column=label_column,
+                label_prefix=label_prefix,
+                boxes=tuple(boxes) if boxes else None,
+            ),
             "run": select_set(runner=runner, workers=workers),
             "align": {"thumbs": False} if no_thumbs else {},
             "retry": {"statuses": [word.strip() for word in retry.split(",")]} if retry else {},

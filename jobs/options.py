@@ -13,7 +13,16 @@ from jobs.settings import print_settings
 Config = TypeVar("Config")
 
 # Keys of paths in the configs of jobs.
-_JOB_PATHS = ("gallery", "source.uri", "source.root", "dataset.against", "queries", "output", "embed.source.root")
+_JOB_PATHS = (
+    "gallery",
+    "source.uri",
+    "source.root",
+    "source.boxes",
+    "dataset.against",
+    "queries",
+    "output",
+    "embed.source.root",
+)
 _MODEL_PATHS = ("detect.model", "embed.model", "embed.detect.model", "embed.embed.model")
 
 # Choices of options. The configs have the same ones, but are imported only when a command runs; a test compares them.

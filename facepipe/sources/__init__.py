@@ -30,6 +30,8 @@ from facepipe.storage import is_remote, may_exist
 from facepipe.text import escape_undecodable
 
 SourceKind = Literal["auto", "folder", "glob", "object_store", "parquet", "list"]
+BoxesFrame = Literal["auto", "displayed", "stored"]
+UnlistedBoxes = Literal["detect", "none"]
 LIST_EXTENSIONS = ("txt", "csv", "tsv", "lst", "list", "jsonl")
 _TABLE_EXTENSIONS = ("parquet", "pq", "arrow")
 # What lies beside the tables of a dataset of Hugging Face: in a clone, and in what `save_to_disk` writes.
@@ -63,6 +65,10 @@ class SourceConfig:
             if another source of the gallery has that name.
         root: Folder that a list's paths are relative to; by default the list's own, which they must not lead out of. If
             it is set, absolute paths, URLs and the targets of links must lie inside it too.
+        boxes: Lists of the faces of images, which no detector then searches: CSV of boxes or landmarks, or COCO's JSON.
+        boxes_frame: Frame of their coordinates: displayed (EXIF applied), stored, or auto (stored if the size that the
+            list gives, or a box outside of the picture, says so).
+        boxes_unlisted: Images that no list names: detect (find their faces), or none (a row without a face).
     """
 
     uri: str = ""
@@ -74,6 +80,14 @@ class SourceConfig:
     exclude: str | tuple[str, ...] = ()
     name: str | None = None
     root: str | None = None
+    boxes: str | tuple[str, ...] = ()
+    boxes_frame: BoxesFrame = "auto"
+    boxes_unlisted: UnlistedBoxes = "detect"
+
+    @property
+    def lists_of_faces(self) -> tuple[str, ...]:
+        """The lists that `boxes` names."""
+        return _to_patterns(self.boxes)
 
 
 def open_source(config: SourceConfig) -> LabelledSource:
@@ -131,6 +145,7 @@ def _open_listing(config: SourceConfig, label_column: str | None) -> Listing:
 
 
 def _to_patterns(patterns: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Return what may stand without a list as one."""
     return (patterns,) if isinstance(patterns, str) else patterns
 
 

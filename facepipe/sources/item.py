@@ -62,6 +62,12 @@ class NestedFolderLabel(FolderLabel):
         return NestedFolderLabel, (str(self), self.parents)
 
 
+class SeveralLabels(str):
+    """The label of one of an image's faces, if its other faces have other labels or none."""
+
+    __slots__ = ()
+
+
 class Listing(Protocol):
     """What lists images. Iteration streams: memory does not grow with the number of items.
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from facepipe.sources.item import Source, WorkItem
+from facepipe.sources.item import SeveralLabels, Source, WorkItem
 from facepipe.sources.number_ranges import NumberRanges
 from facepipe.sources.screening import Screening, hash_labels
 from facepipe.types import Bool
@@ -75,6 +75,8 @@ class LabelChanges:
             return np.zeros(len(items), bool)
         labels = hash_labels([item.identity for item in items])
         differs = (is_same | is_changed) & (labels != screening.labels)
+        # One label for an image would take the place of those of its faces.
+        differs &= ~np.array([isinstance(item.identity, SeveralLabels) for item in items])
         has_label = labels != 0
         had_label = screening.labels != 0
         self.other_count += int((differs & has_label & had_label & ~screening.is_own).sum())

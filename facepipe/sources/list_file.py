@@ -85,7 +85,7 @@ class ListSource:
         # The first lines tell the layout, by which all lines are then read.
         self._passed_over.clear()
         with self._open() as file:
-            lines = list(islice(_read_lines(file), _SNIFF_LINES))
+            lines = list(islice(read_lines(file), _SNIFF_LINES))
             layout = detect_layout(lines, self.path, self._label_column, self._exists)
             identify = make_identity_rule(self._choose_rule(layout))
             # The same open file: a list that is replaced in between may have another layout.
@@ -107,7 +107,7 @@ class ListSource:
         requests = MemberRequests()
         with self._open() as file:
             layout: ListLayout | None = None
-            for number, line in enumerate(_read_lines(file), 1):
+            for number, line in enumerate(read_lines(file), 1):
                 if not line.strip():
                     continue
                 values = _parse_object(line)
@@ -204,7 +204,7 @@ def _parse_object(line: str) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
-def _read_lines(file: IO[str]) -> Iterator[str]:
+def read_lines(file: IO[str]) -> Iterator[str]:
     """Yield the file's lines. One that is too long to name an image is cut, so that it cannot fill the memory."""
     while line := file.readline(_MAX_LINE):
         yield line
@@ -214,7 +214,7 @@ def _read_lines(file: IO[str]) -> Iterator[str]:
 
 def _read_records(file: IO[str], layout: ListLayout) -> Iterator[tuple[int, list[str]]]:
     """Yield (line number, fields) of the lines that are not empty, after the ones to skip."""
-    lines = _read_lines(file)
+    lines = read_lines(file)
     rows: Iterator[list[str]]
     match layout.delimiter:
         case None:  # a path, in which there may be spaces, and its label

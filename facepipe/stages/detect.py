@@ -96,7 +96,7 @@ class Detect:
     precision: NetworkPrecision = "auto"
     threads: int = 1
 
-    needs: ClassVar = (
+    needs: ClassVar[tuple[str, ...]] = (
         "pixels",
         "pixels_width",
         "pixels_height",

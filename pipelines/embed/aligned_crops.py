@@ -6,7 +6,7 @@ import pyarrow.compute as pc
 
 from facepipe.gallery import Gallery
 from facepipe.models.detectors.aligned import AlignedCrops
-from facepipe.models.zoo.registry import ALIGNED
+from facepipe.models.zoo.registry import ALIGNED, GIVEN
 
 _SAMPLED_ROWS = 256
 _MIN_IMAGES = 20
@@ -17,7 +17,7 @@ _MAX_DISTANCE = 0.04
 
 def suggest_aligned(gallery: Gallery) -> list[str]:
     """Suggest `--aligned` if the first images are crops of one size, with faces at the template's place."""
-    if gallery.contract.detector == ALIGNED:
+    if gallery.contract.detector == ALIGNED or gallery.contract.detector.startswith(GIVEN):
         return []
     columns = ["width", "height", "landmarks", "face_index"]
     rows = _read_first_rows(gallery, columns)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from facepipe.errors import MissingPackageError, ModelError
 from facepipe.gallery import Contract, Gallery
+from facepipe.given.lists import require_lists
 from facepipe.models.card import Card
 from facepipe.models.zoo.known import find_commercial_obstacle
 from facepipe.models.zoo.registry import find_card
@@ -21,8 +22,10 @@ def check_settings(config: EmbedConfig) -> Contract:
 
     Raises:
         ConfigError: a setting is wrong.
+        SourceError: a list of faces is missing.
         ModelError: a model is unknown or not allowed, or the two do not go together.
     """
+    require_lists(config.source.lists_of_faces)
     check_chain((config.read, config.decode, config.detect, config.align, config.embed), WORK_ITEM.names)
     config.make_retry_rule()  # it checks the statuses
     if config.models.policy == "commercial":

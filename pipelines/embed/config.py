@@ -8,10 +8,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 import facepipe
+from facepipe import storage
 from facepipe.gallery import Contract
 from facepipe.gallery.failures import RetryRule, check_statuses, describe_crash
 from facepipe.imaging.decode import describe_decoders
 from facepipe.models.zoo.devices import can_use_gpu
+from facepipe.models.zoo.registry import GIVEN
 from facepipe.schema import CRASHED, DECODE_ERROR, NO_FACE, READ_ERROR, TOO_LARGE
 from facepipe.sources import SourceConfig
 from facepipe.sources.blocks import BlockSize
@@ -146,7 +148,13 @@ class EmbedConfig:
     @property
     def contract(self) -> Contract:
         """What the embeddings depend on."""
-        return Contract.from_models(self.detect.model, self.embed.model, self.embed.flip)
+        return Contract.from_models(self.detector_name, self.embed.model, self.embed.flip)
+
+    @property
+    def detector_name(self) -> str:
+        """What finds the faces: the detector, or lists and the detector for what they leave out."""
+        model = self.detect.model
+        return GIVEN + model if self.source.lists_of_faces and not model.startswith(GIVEN) else model
 
     @property
     def warning(self) -> str:
@@ -162,7 +170,7 @@ class EmbedConfig:
         """Describe in short form what images are tried with, by the status of those that fail."""
         programs = f"facepipe {facepipe.__version__}, {describe_decoders()}"
         detect = self.detect
-        detection = {
+        detection: dict[str, object] = {
             "size": detect.size,
             "quick_look": detect.quick_look,
             "border_below": detect.border_below,
@@ -174,6 +182,9 @@ class EmbedConfig:
             "small_faces": detect.small_faces,
             "working_side": self.decode.working_side,
         }
+        if self.source.lists_of_faces:
+            # Another list may give a face to an image that had none.
+            detection["boxes"] = "+".join(storage.get_entry(path).fingerprint for path in self.source.lists_of_faces)
         limits = {
             "max_bytes": self.read.max_bytes,
             "max_pixels": self.decode.max_pixels,
@@ -204,7 +215,7 @@ class EmbedConfig:
         detect_precision = self.run.precision if self.detect.precision == "auto" else self.detect.precision
         embed_precision = self.run.precision if self.embed.precision == "auto" else self.embed.precision
         detect = replace(self.detect, device=detect_device, threads=group.threads, precision=detect_precision)
-        align = replace(self.align, embedder=self.embed.model, detector=self.detect.model)
+        align = replace(self.align, embedder=self.embed.model, detector=self.detector_name)
         embed = replace(self.embed, device=embed_device, threads=group.threads, precision=embed_precision)
         stages: dict[str, Any] = {"read": read, "decode": decode, "detect": detect, "align": align, "embed": embed}
         return tuple(stages[name] for name in group.stages)

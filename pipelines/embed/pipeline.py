@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
@@ -25,7 +25,11 @@ from facepipe.gallery.file_counts import refresh_counts
 from facepipe.gallery.known import KnownImages
 from facepipe.gallery.sources import SOURCES_PROPERTY, SourceRows, write_source
 from facepipe.gallery.table import RUNS
+from facepipe.given.lists import copy_lists, read_lists
+from facepipe.given.source import GivenFacesSource
+from facepipe.given.table import GivenFaces
 from facepipe.hashing import hash64_each
+from facepipe.models.zoo.registry import GIVEN
 from facepipe.moves.moved_images import MoveCounts, MovedImages
 from facepipe.moves.settle import SettledSource, describe_settling, register_source, settle_source
 from facepipe.observe.gpu_usage import GpuSampler
@@ -34,7 +38,9 @@ from facepipe.sources import Source, SourceConfig, open_source
 from facepipe.sources.blocks import Block, BlockSize, add_digests, cut_blocks
 from facepipe.sources.extensions import is_web_url
 from facepipe.sources.item import WatchedSource
+from facepipe.stages import Align, Detect
 from facepipe.stages.find_moved import FindMoved
+from facepipe.stages.given import DetectGiven, LabelGiven
 from facepipe.stages.suppress import Suppress
 from facepipe.storage.lease import Lease, hold_lease
 from pipelines.embed.aligned_crops import suggest_aligned
@@ -49,6 +55,7 @@ from pipelines.runtime.worker import WorkerJob
 
 __all__ = ["EmbedConfig", "EmbedSummary", "RunConfig", "run"]
 
+_GIVEN = "given"  # folder of a run for the faces that lists give
 _LISTING = "listing"  # folder of a run for what its listing finds out
 _RETRIED = "retried"  # file of a run with the images that are listed once more
 _COMMIT_PAUSE = 20  # minimum time between commits, in durations of a commit
@@ -76,6 +83,7 @@ class EmbedListing:
         only: file with sorted hashes of uris; the other images are passed over. Empty: all images
         secret: secret of the hashes of erased images, for a machine without the key
         retry: decides which failed images are tried again
+        given: folder with the faces that lists give; empty without lists
     """
 
     source: SourceConfig
@@ -88,10 +96,11 @@ class EmbedListing:
     only: str = ""
     secret: bytes | None = field(default=None, repr=False)
     retry: RetryRule = field(default_factory=RetryRule)
+    given: str = ""
 
     def __call__(self) -> Iterator[Block]:
         """List the images in blocks."""
-        source = WatchedSource(open_source(self.source))
+        source = WatchedSource(self._open_source())
         only = np.frombuffer(storage.read(self.only), "<u8") if self.only else None
         # Erased images count as known, so that they are not embedded again.
         erased = suppressed.read_uris(self.gallery, self.secret)
@@ -103,12 +112,28 @@ class EmbedListing:
                 source,
                 known,
                 self.size,
-                list_first=known.may_have_moved,
+                # Whether a list of faces fits the source is known when everything is listed.
+                list_first=known.may_have_moved or bool(self.given),
                 on_listed=lambda is_read: self._write_figures(source, known, is_read=is_read),
                 find_erased=known.find_erased,
             )
         finally:
             known.close()
+
+    def _open_source(self) -> Source:
+        """Open the source, with the faces that lists give."""
+        source = open_source(self.source)
+        if not self.given:
+            return source
+        no_detection = "they get no face. To find their faces add --set source.boxes_unlisted=detect"
+        detection = "the detector finds their faces. If they are to have none, add --set source.boxes_unlisted=none"
+        return GivenFacesSource(
+            source,
+            GivenFaces(self.given),
+            takes_labels=self.source.identity in ("auto", "label"),
+            prefix=self.source.label_prefix or "",
+            other_faces=detection if self.source.boxes_unlisted == "detect" else no_detection,
+        )
 
     def _write_figures(self, source: WatchedSource, known: KnownImages, *, is_read: bool) -> None:
         """Write what the listing found out, for the workers and for the driver.
@@ -166,14 +191,27 @@ def run(config: EmbedConfig, gallery: str, progress: Progress = lambda summary: 
         load_models(config)
     record = get_current_run()
     run_id = record.id if record else new_run_id()
-    with hold_lease(gallery) as lease:
+    with _read_given_faces(config.source) as given, hold_lease(gallery) as lease:
         table, settled, relocated = _open_gallery(config.source, gallery, contract, run_id, lease)
-        summary = _EmbedRun(replace(config, source=settled.config), table, settled, run_id, lease).run(progress)
+        run = _EmbedRun(replace(config, source=settled.config), table, settled, run_id, lease)
+        if given:
+            run.take_given_faces(given)
+        summary = run.run(progress)
         summary.relocated = relocated
         summary.notes = [*describe_settling(settled, relocated), *summary.notes]
         if not summary.skipped:  # a gallery that is growing has been told
             summary.notes += suggest_aligned(Gallery(gallery))
         return summary
+
+
+@contextmanager
+def _read_given_faces(source: SourceConfig) -> Iterator[str]:
+    """Read the lists of faces of a source, and yield the folder of what they say; an empty text without lists."""
+    if not source.lists_of_faces:
+        yield ""
+        return
+    with read_lists(source.lists_of_faces) as folder:
+        yield folder
 
 
 def _open_gallery(
@@ -214,6 +252,16 @@ class _EmbedRun:
         self._id = run
         self._runs_folder = storage.join(gallery.path, RUNS)
         self._marks_folder = storage.join(gallery.path, RUNS, self._id)
+        self._given = ""
+
+    def take_given_faces(self, folder: str) -> None:
+        """Take the faces of lists into the run's folder, where workers on other machines find them.
+
+        Args:
+            folder: folder that `read_lists` made.
+        """
+        self._given = storage.join(self._marks_folder, _GIVEN)
+        copy_lists(folder, self._given)
 
     def run(self, progress: Progress) -> EmbedSummary:
         """Embed the source, and return the summary."""
@@ -236,6 +284,7 @@ class _EmbedRun:
             self._config.missing.policy == "mark",
             secret=suppressed.read_secret(),
             retry=self._config.make_retry_rule(),
+            given=self._given,
         )
         # The plan is made for this machine first. On a cluster it is made again for the cluster's resources.
         runner, blocks = _choose_runner(run, listing)
@@ -351,6 +400,8 @@ class _EmbedRun:
             writes: whether the workers write parts.
         """
         stages = list(self._config.build_stages(group))
+        if self._given:
+            stages = self._give_faces(stages)
         if "read" in group.stages:
             # Images that the gallery has under another uri are recognised by their content. So are copies of images
             # that were erased by content.
@@ -371,6 +422,23 @@ class _EmbedRun:
             failed_with=self._config.describe_attempt(),
             devices=group.devices,
         )
+
+    def _give_faces(self, stages: list[Any]) -> list[Any]:
+        """Put the faces of lists in place of the detector's, and their labels in place of the source's."""
+        source = self._config.source
+        replaced: list[Any] = []
+        for stage in stages:
+            if isinstance(stage, Detect):
+                settings = {key.name: getattr(stage, key.name) for key in fields(Detect)}
+                given = DetectGiven(
+                    **settings, folder=self._given, unlisted=source.boxes_unlisted, frame=source.boxes_frame
+                )
+                replaced.append(given)
+                continue
+            replaced.append(stage)
+            if isinstance(stage, Align) and source.identity in ("auto", "label"):
+                replaced.append(LabelGiven(self._given, source.label_prefix or ""))
+        return replaced
 
 
 @contextmanager
@@ -607,6 +675,8 @@ def make_paths_absolute(config: EmbedConfig) -> EmbedConfig:
         source = replace(source, uri=storage.to_absolute(source.uri))
     if source.root is not None:
         source = replace(source, root=storage.to_absolute(source.root))
+    if source.lists_of_faces:
+        source = replace(source, boxes=tuple(storage.to_absolute(path) for path in source.lists_of_faces))
     return replace(
         config,
         source=source,
@@ -617,4 +687,6 @@ def make_paths_absolute(config: EmbedConfig) -> EmbedConfig:
 
 def _make_model_path_absolute(model: str) -> str:
     """Make the path of a model's file absolute; a registered name stays."""
+    if model.startswith(GIVEN):
+        return GIVEN + _make_model_path_absolute(model.removeprefix(GIVEN))
     return os.path.abspath(model) if model.endswith((".toml", ".safetensors")) else model

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from facepipe.curation.duplicates import DuplicateRule
 from facepipe.gallery.maintenance.compact import CompactConfig
-from facepipe.sources import SourceConfig, SourceKind, locate_source
+from facepipe.sources import BoxesFrame, SourceConfig, SourceKind, UnlistedBoxes, locate_source
 from facepipe.sources.identity import IdentityRule
 from pipelines.cluster.pipeline import ClusterRules
 from pipelines.embed.config import EmbedConfig, MissingConfig
@@ -32,6 +32,9 @@ class NightSource:
         name: Name of the corpus in the table's column `source`; by default the last part of the uri, and more of it if
             another source of the gallery has that name.
         root: Folder that a list's paths are relative to; by default the list's own.
+        boxes: Lists of the faces of images, which no detector then searches, as in `embed`.
+        boxes_frame: Frame of their coordinates: displayed (EXIF applied), stored, or auto.
+        boxes_unlisted: Images that no list names: detect (find their faces), or none (a row without a face).
         retention_days: Age after which images are erased, counted from when they were embedded. They do not come back.
         missing: What happens to images that the source no longer lists: keep, mark (in `missing_since`), or erase.
     """
@@ -45,6 +48,9 @@ class NightSource:
     exclude: str | tuple[str, ...] = ()
     name: str | None = None
     root: str | None = None
+    boxes: str | tuple[str, ...] = ()
+    boxes_frame: BoxesFrame = "auto"
+    boxes_unlisted: UnlistedBoxes = "detect"
     retention_days: Annotated[float, Field(gt=0)] | None = None
     missing: Literal["keep", "mark", "erase"] = "mark"
 

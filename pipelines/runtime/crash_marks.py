@@ -28,7 +28,9 @@ _NAME = re.compile("[0-9a-f]{16}")
 # found out is no mark, but lies there and goes with them.
 _RUN = re.compile(r"\d{8}T\d{6}-[0-9a-f]{6}")
 _MARK_FOLDER = re.compile(rf"{_RUN.pattern}/(?:[A-Za-z-]+/)?")
-_LISTED = r"retried|listing(?:-again)?/(?:listing\.json|unlisted|contents)"
+_LISTED = (
+    r"retried|listing(?:-again)?/(?:listing\.json|unlisted|contents)|given/(?:faces\.json|keys|starts|faces|labels)"
+)
 _MARK = re.compile(
     rf"{_RUN.pattern}/(?:{_SUSPECTS}|{_MISSING}|{_LISTED}|[A-Za-z-]+/(?:{_BLOCK}\d+|(?:{_IMAGE}|{_DEVICE}){_NAME.pattern}))"
 )

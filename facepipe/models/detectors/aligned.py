@@ -9,7 +9,7 @@ from facepipe.models.protocols import Faces
 from facepipe.types import UInt8Image
 
 # The box that RetinaFace finds, in 112x112 crops: medians over the 3,811 faces of LFW-dev, brought to the template.
-_BOX_112 = ((15.9, 11.3), (95.0, 118.3))
+BOX_112 = ((15.9, 11.3), (95.0, 118.3))
 _SIDE = 112
 
 
@@ -37,7 +37,7 @@ class AlignedCrops:
         """Locate the face of an image of some size."""
         scale = height / _SIDE
         shift = (width - _SIDE * scale) / 2
-        box = np.array(_BOX_112) * scale + (shift, 0)
+        box = np.array(BOX_112) * scale + (shift, 0)
         landmarks = np.array(scale_arcface_template((width, height)))
         return Faces(
             boxes=box.reshape(1, 4).astype(np.float32),

@@ -4,7 +4,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 
 from facepipe.models.zoo.card_file import is_onnx, read_card
-from facepipe.models.zoo.registry import find_card_file
+from facepipe.models.zoo.registry import GIVEN, find_card_file
 
 # Registered models whose networks are torch modules. MTCNN is one too, but it runs image by image, level by level, and
 # is slower on a GPU than on the machine's CPUs.
@@ -20,6 +20,7 @@ def can_use_gpu(name: str) -> bool:
     Args:
         name: A registered name, or a model's TOML file.
     """
+    name = name.removeprefix(GIVEN)
     if name in _ON_GPU:
         return True
     path = find_card_file(name)

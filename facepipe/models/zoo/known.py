@@ -294,6 +294,8 @@ REGISTERED_PROVENANCE = {
 
 def find_provenance(name: str) -> Provenance | None:
     """Find what is known of where a model comes from; None for models of the user's own."""
+    # Lists of faces have no licence that is known here; the detector beside them has.
+    name = name.removeprefix("given-faces+")
     known = KNOWN_MODELS.get(name)
     if known is not None:
         return Provenance(known.code_licence, known.data, known.data_allows_commercial_use)

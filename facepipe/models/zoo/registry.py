@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from facepipe.errors import ModelError, UnknownModelError
@@ -14,6 +15,8 @@ from facepipe.models.zoo.known import KNOWN_MODELS, describe_file
 
 ALIGNED = "aligned-arcface"
 """Name of what stands in for a detector if images are aligned crops."""
+GIVEN = "given-faces+"
+"""Before the name of a detector: faces of most images are given by lists, and those of others found by the detector."""
 MODELS_FOLDER = "FACEPIPE_MODELS"  # environment variable: a folder of TOML files
 
 _MTCNN_SHA256 = "f2836e484b6b1f84a722098b32425d412ee0c7910806e5eb84fca52db6544ddb"  # of its three files' SHA-256
@@ -184,6 +187,8 @@ def find_card(name: str, role: str) -> Card:
     Raises:
         UnknownModelError: There is no such model, or it has another role.
     """
+    if role == "detector" and name.startswith(GIVEN):
+        return _make_given_card(find_card(name.removeprefix(GIVEN), role))
     # Registered names come first; a file is only read if none fits.
     card = CARDS.get(name)
     if card is None and (path := find_card_file(name)):
@@ -193,6 +198,21 @@ def find_card(name: str, role: str) -> Card:
     if card is None or card.role != role:
         raise UnknownModelError(_describe_missing(name, role, card))
     return card
+
+
+def _make_given_card(detector: Card) -> Card:
+    """Make the card of a detector that only searches what lists leave out."""
+    if detector.name == ALIGNED:
+        raise UnknownModelError(f"{ALIGNED} knows where faces are: no list can give them")
+    return replace(
+        detector,
+        name=GIVEN + detector.name,
+        summary=f"faces that lists give, and {detector.name} for other images",
+        sha256=hashlib.sha256(f"{GIVEN} {detector.sha256}".encode()).hexdigest(),
+        # How given boxes lie to dlib's is not known.
+        square=None,
+        square_known=False,
+    )
 
 
 _WITH_ARTICLE = {"detector": "a detector", "embedder": "an embedder"}
@@ -238,6 +258,9 @@ def resolve_model_name(name: str, requested: str, role: str) -> str:
     Returns:
         `requested` if that is the model of this name, else `name`.
     """
+    if role == "detector" and name.startswith(GIVEN):
+        inner = name.removeprefix(GIVEN)
+        return GIVEN + resolve_model_name(inner, requested.removeprefix(GIVEN), role)
     try:
         return requested if find_card(requested, role).name == name else name
     except ModelError:
