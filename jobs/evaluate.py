@@ -38,6 +38,16 @@ def pairs(
         Optional[str],  # noqa: UP045
         typer.Option(metavar="ROC.png", help="Picture of the ROC curve.", show_default=False),
     ] = None,
+    group_folder: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            min=1,
+            metavar="LEVEL",
+            help="Figures per group of people, the name of a folder above the image: 1 its own, 2 the one above, as in "
+            "African/m.0107_f/1.jpg.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure verification on pairs of images.
@@ -51,6 +61,8 @@ def pairs(
         facepipe evaluate pairs gallery/ pairs.txt --picture roc.png
 
         facepipe evaluate pairs gallery/ --draw 3000 --write pairs.csv
+
+        facepipe evaluate pairs rfw/ African_pairs.txt --group-folder 2
     """
     with exit_on_error():
         from facepipe.decisions.gallery import DecidedGallery
@@ -65,12 +77,12 @@ def pairs(
             raise ConfigError("--write saves the pairs of --draw: set --draw COUNT")
         if file is not None:
             title = f"pairs {file}"
-            result = evaluate_pairs(opened, file, picture)
+            result = evaluate_pairs(opened, file, picture, group_folder)
             summary = result.to_dict()
         else:
             title = f"pairs drawn from {gallery}, seed {seed}"
             drawn = draw_pairs(opened, draw or 0, seed)
-            result = evaluate_list(opened, drawn, title, picture)
+            result = evaluate_list(opened, drawn, title, picture, group_folder)
             summary = result.to_dict() | {"requested": draw, "seed": seed, "written": write}
             # The file is written last: there is none of pairs that cannot be scored.
             if write is not None:
@@ -97,6 +109,25 @@ def _print_pairs(title: str, result: Any, requested: int | None) -> None:
             shown = f"{tar:.4f} (distance <= {result.thresholds[far] or 0:.4f})"
         rows.append((f"TAR at FAR {far}", shown))
     print_table(title, ("", ""), rows)
+    if result.groups:
+        _print_groups(result)
+
+
+def _print_groups(result: Any) -> None:
+    """Print, per group, what the thresholds of all pairs do."""
+    fars = [far for far, threshold in result.thresholds.items() if threshold is not None]
+    columns = ["group", "of one person, of two", *(f"TAR, FMR at FAR {far}" for far in fars)]
+    rows = []
+    for group in result.groups:
+        cells = [
+            f"{_format_share(group.tar[far], '-')}, {_format_share(group.fmr[far], '-')} "
+            f"({_format_share(group.fmr_low[far], '-')} to {_format_share(group.fmr_high[far], '-')})"
+            for far in fars
+        ]
+        rows.append([group.group, f"{group.genuine}, {group.impostors}", *cells])
+    print_table("per group, at the thresholds of all pairs (95 % intervals)", tuple(columns), rows)
+    if result.across:
+        print(f"{result.across} pairs are of two groups, and in none of these rows")
 
 
 class TemplateWeight(StrEnum):
@@ -120,6 +151,8 @@ def templates(
     as_json: Json = False,
 ) -> None:
     """Measure templates by the protocols of IJB-B and IJB-C.
+
+    To take the landmarks of the protocol, embed the images with `--boxes META/ijbc_name_5pts_score.txt`.
 
     A template is a set of images of one person. Figures are TAR at fixed FAR over pairs of templates (1:1), and ranks
     and TPIR at fixed FPIR per gallery (1:N). META holds the files of insightface's test suite: *_face_tid_mid.txt,

@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from facepipe.errors import EvaluationError, MissingPackageError
+from facepipe.evaluation.groups import GroupFigures, compare_groups, find_group
 from facepipe.evaluation.pairs_file import Pair, read_pairs
 from facepipe.evaluation.roc import (
     RocCurve,
@@ -45,6 +46,8 @@ class PairsResult:
         eer: Equal error rate.
         tar: True accept rate by FAR. None if there are fewer than 1 / FAR impostor pairs, too few for that FAR.
         thresholds: Distance by FAR.
+        groups: Figures per group of people, at these thresholds; empty if they are not asked for.
+        across: Pairs of two groups, or of none.
     """
 
     pairs: int
@@ -57,27 +60,34 @@ class PairsResult:
     eer: float
     tar: dict[str, float | None]
     thresholds: dict[str, float | None]
+    groups: list[GroupFigures] = field(default_factory=list)
+    across: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain types, for JSON."""
         return asdict(self)
 
 
-def evaluate_pairs(gallery: Gallery, path: str | os.PathLike[str], picture: str | None = None) -> PairsResult:
+def evaluate_pairs(
+    gallery: Gallery, path: str | os.PathLike[str], picture: str | None = None, group_level: int | None = None
+) -> PairsResult:
     """Evaluate a pairs file on a gallery.
 
     Args:
         gallery: a gallery with the images of the pairs.
         path: the pairs file.
         picture: file to draw the ROC curve to (.png or .svg).
+        group_level: which folder above an image is its group, as in `find_group`; None for no groups.
 
     Raises:
         EvaluationError: if an image is missing, or if the pairs are all of one kind.
     """
-    return evaluate_list(gallery, read_pairs(path), repr(os.fspath(path)), picture)
+    return evaluate_list(gallery, read_pairs(path), repr(os.fspath(path)), picture, group_level)
 
 
-def evaluate_list(gallery: Gallery, pairs: list[Pair], origin: str, picture: str | None = None) -> PairsResult:
+def evaluate_list(
+    gallery: Gallery, pairs: list[Pair], origin: str, picture: str | None = None, group_level: int | None = None
+) -> PairsResult:
     """Evaluate pairs on a gallery.
 
     Args:
@@ -85,12 +95,14 @@ def evaluate_list(gallery: Gallery, pairs: list[Pair], origin: str, picture: str
         pairs: the pairs.
         origin: where they come from, for messages.
         picture: file to draw the ROC curve to (.png or .svg).
+        group_level: which folder above an image is its group, as in `find_group`; None for no groups.
 
     Raises:
         EvaluationError: if an image is missing, or if the pairs are all of one kind.
     """
     names = {name for pair in pairs for name in (pair.left, pair.right)}
-    vectors = read_subject_vectors(gallery, names)
+    rows = read_subject_rows(gallery, names, ["embedding", "uri"])
+    vectors = {name: _to_vector(row["embedding"]) for name, row in rows.items()}
     missing = sorted(names - vectors.keys())
     if missing:
         raise EvaluationError(
@@ -105,7 +117,14 @@ def evaluate_list(gallery: Gallery, pairs: list[Pair], origin: str, picture: str
     result = score_pairs(distances, same, np.array([pair.fold for pair in pairs]))
     if picture:
         draw_roc(compute_roc(distances, same), result, picture)
-    return result
+    if group_level is None:
+        return result
+    groups = {name: find_group(row["uri"], group_level) for name, row in rows.items()}
+    left = [groups[pair.left] for pair in pairs]
+    right = [groups[pair.right] for pair in pairs]
+    figures = compare_groups(left, right, distances, same, result.thresholds)
+    across = len(pairs) - sum(group.genuine + group.impostors for group in figures)
+    return replace(result, groups=figures, across=across)
 
 
 def score_pairs(distances: Float64, same: Bool, folds: Int64) -> PairsResult:
@@ -155,8 +174,11 @@ def read_subject_vectors(gallery: Gallery, names: set[str]) -> dict[str, Float32
         names: ends of paths, without extension.
     """
     rows = read_subject_rows(gallery, names, ["embedding"])
-    vectors = {name: row["embedding"] for name, row in rows.items()}
-    return {name: None if vector is None else np.array(vector, np.float32) for name, vector in vectors.items()}
+    return {name: _to_vector(row["embedding"]) for name, row in rows.items()}
+
+
+def _to_vector(values: list[float] | None) -> Float32 | None:
+    return None if values is None else np.array(values, np.float32)
 
 
 def read_subject_rows(gallery: Gallery, names: set[str], columns: list[str]) -> dict[str, dict[str, Any]]:

@@ -14,13 +14,13 @@ class Card:
 
     Attributes:
         name: What galleries call it.
-        role: "detector" or "embedder".
+        role: "detector", "embedder" or "quality".
         summary: One line for lists.
         weights: Where the weights come from.
         licence: Licence of the weights.
         sha256: Hash of the weights. For a model with a TOML file: hash of everything that its vectors depend on.
         input: What the model takes, in words.
-        load: Loads the model: (device, threads, limits) -> Detector, or (device, threads) -> Embedder.
+        load: Loads the model: (device, threads, limits) -> Detector, or (device, threads) -> Embedder or QualityModel.
         layout: How the chips of an embedder are cut.
         dim: Length of an embedder's vectors.
         metric: What `same_person` is measured in.

@@ -102,6 +102,19 @@ class Embedder(Protocol):
         """
 
 
+class QualityModel(Protocol):
+    """A model that says how useful an aligned chip is for recognition.
+
+    Attributes:
+        size: (width, height) of a chip.
+    """
+
+    size: tuple[int, int]
+
+    def score(self, chips: UInt8Image) -> Float32:
+        """Score chips (n, h, w, 3) RGB: (n,), higher is better. Scores of two models cannot be compared."""
+
+
 @runtime_checkable
 class RunsOnDevice(Protocol):
     """A model whose networks run on a torch device, in a precision and in batches that can be chosen."""

@@ -56,7 +56,7 @@ class CardFile:
     Attributes:
         name: What galleries call the model.
         weights: File beside this one: .onnx, or a state dict as .safetensors, .pth, .pt or .ckpt.
-        role: embedder or detector.
+        role: embedder, detector, or quality (a model that scores chips).
         architecture: One of `facepipe models --architectures`; optional for an embedder's ONNX graph.
         sha256: Hash of the weights, checked if set.
         keys: Lineage of a checkpoint's tensor names; detected if empty.
@@ -72,7 +72,7 @@ class CardFile:
 
     name: str
     weights: str
-    role: Literal["embedder", "detector"] = "embedder"
+    role: Literal["embedder", "detector", "quality"] = "embedder"
     architecture: str = ""
     sha256: str = ""
     keys: str = ""
@@ -101,6 +101,8 @@ def read_card(path: str | Path) -> CardFile:
         raise ConfigError(f"{path}: weights that are not an .onnx graph need an architecture: {architectures}")
     if card.architecture and ARCHITECTURES[card.architecture].role != card.role:
         owner = "a detector" if card.role == "detector" else "an embedder"
+        if card.role == "quality":
+            raise ConfigError(f"{path}: a quality model is an .onnx graph, without an architecture")
         raise ConfigError(f"{path}: {card.architecture} is not an architecture of {owner}: {architectures}")
     _check_input(card, str(path))
     return card
@@ -112,7 +114,7 @@ def _check_input(card: CardFile, path: str) -> None:
         raise ConfigError(f"{path}: input.scale is {values.scale}, and levels are divided by it")
     if values.size is not None and min(values.size) < 1:
         raise ConfigError(f"{path}: input.size is {list(values.size)}: width and height in pixels")
-    if card.role == "embedder" and not card.architecture:
+    if card.role != "detector" and not card.architecture:
         missing = [name for name in _REQUIRED_FOR_ONNX if getattr(values, name) is None]
         if missing:
             raise ConfigError(

@@ -27,7 +27,7 @@ class ModelCheck:
 
     Attributes:
         name: What galleries call it.
-        role: "detector" or "embedder".
+        role: "detector", "embedder" or "quality".
         architecture: The architecture in its TOML file; empty for registered models.
         licence: Licence of the weights.
         sha256: Fingerprint in a gallery's contract.
@@ -68,7 +68,7 @@ def check_model(model: str) -> ModelCheck:
     path = None if model in CARDS else find_card_file(model)
     role = _find_role(model, path)
     card = find_card(model, role)
-    trial = _try_detector(card) if role == "detector" else _try_embedder(card, path)
+    trial = _try_embedder(card, path) if role == "embedder" else _OTHER_TRIALS[role](card)
     return ModelCheck(
         name=card.name,
         role=role,
@@ -78,7 +78,7 @@ def check_model(model: str) -> ModelCheck:
         weights=card.weights,
         input=card.input,
         layout=describe_layout(card.layout) if card.layout else "",
-        dim=None if role == "detector" else card.dim,
+        dim=card.dim if role == "embedder" else None,
         raw_dim=trial.raw_dim,
         parameters=_count_parameters(card, path),
         milliseconds=round(trial.milliseconds, 2),
@@ -126,6 +126,19 @@ def _try_detector(card: Card) -> _Trial:
     # The first call is slower, so it is not timed.
     detector.detect(image)
     return _Trial(_measure_milliseconds(lambda: detector.detect(image)))
+
+
+def _try_quality_model(card: Card) -> _Trial:
+    model = card.load("cpu", 1)
+    chips = make_scene_chips(model.size, 1)
+    scores = model.score(chips)
+    if not np.isfinite(scores).all():
+        raise ModelError(f"{card.name} gives a score of {scores[0]}")
+    note = "its scores stand beside `face_quality`, and not in its place (docs/models.md)"
+    return _Trial(_measure_milliseconds(lambda: model.score(chips)), note=note)
+
+
+_OTHER_TRIALS = {"detector": _try_detector, "quality": _try_quality_model}
 
 
 def _measure_milliseconds(call: Callable[[], object]) -> float:

@@ -260,6 +260,24 @@ _ALL = (
         data="WIDER FACE (its images are from the web; research use)",
         summary="YuNet, five landmarks, small and fast (Wu et al., MIR 2023)",
     ),
+    KnownModel(
+        card=CardFile(
+            name="ediffiqa-t",
+            weights="ediffiqa_tiny_jun2024.onnx",
+            role="quality",
+            # What the publisher's large-file pointer says of the file.
+            sha256="9426c899cc0f01665240cb7d9e7f98e18e24e456c178326c771a43da289bfc6a",
+            dim=1,
+            licence="CC-BY-4.0",
+            source=f"{_OPENCV}/tree/main/models/face_image_quality_assessment_ediffiqa",
+            input=_CENTRED_RGB,
+        ),
+        bytes=7_272_678,
+        publisher=f"{_OPENCV}/tree/main/models/face_image_quality_assessment_ediffiqa",
+        code_licence="CC-BY-4.0",
+        data="not stated",
+        summary="eDifFIQA(T), a score per face, MobileFaceNet (Babnik et al., T-BIOM 2024)",
+    ),
 )
 
 KNOWN_MODELS = {model.name: model for model in _ALL}

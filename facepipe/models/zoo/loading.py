@@ -5,6 +5,7 @@ The SHA-256 in a gallery's contract covers the weights, the input and the projec
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from facepipe.imaging.dlib_chip import BoxToSquare
 from facepipe.models.card import Card
 from facepipe.models.checkpoint import State, load_state, read_state
 from facepipe.models.projection import ProjectedEmbedder, read_projected_dim
-from facepipe.models.protocols import DetectionLimits, Detector, Embedder
+from facepipe.models.protocols import DetectionLimits, Detector, Embedder, QualityModel
 from facepipe.models.zoo.architectures import ARCHITECTURES, Architecture, Lineage
 from facepipe.models.zoo.card_file import (
     CardFile,
@@ -49,8 +50,8 @@ def load_card(path: Path) -> Card:
         licence=file.licence,
         sha256=_hash_card(path, file, verify_weights(weights_path, file.sha256)),
         input=_describe_input(file),
-        load=_DetectorLoader(str(path)) if file.role == "detector" else _EmbedderLoader(str(path)),
-        layout=resolve_chip_layout(file) if file.role == "embedder" else None,
+        load=_LOADERS[file.role](str(path)),
+        layout=None if file.role == "detector" else resolve_chip_layout(file),
         dim=read_projected_dim(path.parent / file.projection) if file.projection else file.dim,
         metric="euclidean on unit vectors",
         same_person=to_euclidean_threshold(file),
@@ -85,6 +86,37 @@ class _DetectorLoader:
 
     def __call__(self, device: str, threads: int, limits: DetectionLimits) -> Detector:
         return load_detector(Path(self.path), device, threads, limits)
+
+
+@dataclass(frozen=True)
+class _QualityLoader:
+    """A card's `load`; it can be pickled."""
+
+    path: str
+
+    def __call__(self, device: str, threads: int) -> QualityModel:
+        return load_quality_model(Path(self.path), device, threads)
+
+
+_LOADERS: dict[str, Callable[[str], Callable[..., Any]]] = {
+    "embedder": _EmbedderLoader,
+    "detector": _DetectorLoader,
+    "quality": _QualityLoader,
+}
+
+
+def load_quality_model(path: Path, device: str, threads: int) -> QualityModel:
+    """Load the quality model of a TOML file.
+
+    Raises:
+        ModelError: The graph does not give one number per chip.
+    """
+    from facepipe.models.quality_model import OnnxQuality
+
+    file = read_card(path)
+    graph = (path.parent / file.weights).read_bytes()
+    size = resolve_chip_layout(file).size
+    return OnnxQuality(graph, resolve_input(file), size, device=device, threads=threads)
 
 
 def load_embedder(path: Path, device: str, threads: int, *, raw: bool = False) -> Embedder:
@@ -264,7 +296,7 @@ def _describe_architecture(file: CardFile) -> str:
 
 def _describe_input(file: CardFile) -> str:
     model_input = resolve_input(file)
-    size = "x".join(map(str, resolve_chip_layout(file).size)) if file.role == "embedder" else "any size"
+    size = "x".join(map(str, resolve_chip_layout(file).size)) if file.role != "detector" else "any size"
     mean = _format_values(model_input.mean)
     scale = _format_values(model_input.scale)
     return f"{model_input.channels.upper()} {size}, (x - {mean}) / {scale}"

@@ -182,7 +182,7 @@ def find_card(name: str, role: str) -> Card:
 
     Args:
         name: A registered name, the path of a model's TOML file, or the name of one in the folder FACEPIPE_MODELS.
-        role: "detector" or "embedder".
+        role: "detector", "embedder" or "quality".
 
     Raises:
         UnknownModelError: There is no such model, or it has another role.
@@ -215,7 +215,8 @@ def _make_given_card(detector: Card) -> Card:
     )
 
 
-_WITH_ARTICLE = {"detector": "a detector", "embedder": "an embedder"}
+_WITH_ARTICLE = {"detector": "a detector", "embedder": "an embedder", "quality": "a quality model"}
+_ROLES = {"quality": "quality model"}
 
 
 def _describe_missing(name: str, role: str, card: Card | None) -> str:
@@ -226,8 +227,9 @@ def _describe_missing(name: str, role: str, card: Card | None) -> str:
     elif name in _REMOVED:
         problem = f"the {role} {name!r} {_REMOVED[name]}"
     else:
-        problem = f"no {role} is called {name!r}"
-    registered = ", ".join(card.name for card in CARDS.values() if card.role == role and not card.for_tests)
+        problem = f"no {_ROLES.get(role, role)} is called {name!r}"
+    names = [card.name for card in CARDS.values() if card.role == role and not card.for_tests]
+    registered = ", ".join(names) or "none"
     known = ", ".join(model.name for model in KNOWN_MODELS.values() if model.card.role == role)
     return (
         f"{problem}; registered are: {registered}. Known, if you have their files: {known}. Other models have a TOML "

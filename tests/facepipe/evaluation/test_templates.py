@@ -1,6 +1,7 @@
 """Templates of IJB: figures equal those of a plain implementation of the published protocols; bad files are told."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from facepipe.errors import EvaluationError
 from facepipe.evaluation.template_files import Subjects, TemplateImages, TemplatePairs, read_template_protocol
 from facepipe.evaluation.templates import evaluate_templates, pool_templates, search_templates, verify_templates
 from facepipe.gallery import Gallery
+from facepipe.imaging.alignment import ARCFACE_112
 
 FAKES = {"detect": {"model": "fake-detector"}, "embed": {"model": "fake-embedder"}, "run": {"runner": "inline"}}
 
@@ -144,6 +146,35 @@ def meta(drawings: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str,
         header + "".join(f"{t},{t // 10},img/{t}.jpg,1\n" * 2 for t in probes)
     )
     return str(root / "g"), folder
+
+
+def test_given_landmarks_are_used(drawings: Path, meta: tuple[str, Path], tmp_path: Path) -> None:
+    """The real layout: `loose_crop/NAME` and `meta/`. With the protocol's landmarks every image has a face."""
+    gallery, folder = meta
+    crops = tmp_path / "IJBC" / "loose_crop"
+    crops.mkdir(parents=True)
+    names = [line.split()[0] for line in (folder / "ijbc_face_tid_mid.txt").read_text().splitlines()]
+    paths = {path.name: path for path in drawings.rglob("*.*")}
+    for name in names:
+        shutil.copyfile(paths[name], crops / name)
+    shutil.copytree(folder, tmp_path / "IJBC" / "meta")
+    points = tmp_path / "IJBC" / "meta" / "ijbc_name_5pts_score.txt"
+    landmarks = " ".join(f"{value:.3f}" for value in (np.array(ARCFACE_112) / 4).ravel())
+    points.write_text("".join(f"{name} {landmarks} {0.5 + n % 5 / 10}\n" for n, name in enumerate(names)))
+    embed(crops, tmp_path / "gallery", FAKES, {"source": {"boxes": str(points), "identity": "none"}})
+    rows = Gallery(str(tmp_path / "gallery")).to_arrow(["uri", "landmarks", "det_score", "status"]).to_pylist()
+    readable = [row for row in rows if row["status"] == "ok"]
+    assert {Path(row["uri"]).name for row in rows} == set(names)
+    assert len(readable) > len(names) // 2
+    for row in readable:
+        assert np.allclose(row["landmarks"], (np.array(ARCFACE_112) / 4).ravel(), atol=1e-3)
+        assert np.isclose(row["det_score"], 0.5 + names.index(Path(row["uri"]).name) % 5 / 10)
+    result = evaluate_templates(Gallery(str(tmp_path / "gallery")), str(tmp_path / "IJBC" / "meta"), "score")
+    assert result.images == len(names)
+    assert result.without_face == len(names) - len(readable)
+    assert result.without_face < evaluate_templates(Gallery(gallery), str(folder), "score").without_face
+    assert result.verification is not None
+    assert len(result.searches) == 2
 
 
 @pytest.mark.parametrize("weight", ["none", "score", "norm"])

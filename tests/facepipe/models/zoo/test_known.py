@@ -14,8 +14,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from facepipe.errors import ModelError, UnknownModelError, WeightsError
 from facepipe.gallery import Gallery
+from facepipe.imaging.alignment import ARCFACE_112
 from facepipe.models.protocols import DetectionLimits
 from facepipe.models.zoo import known, packaged
+from facepipe.models.zoo.check import check_model
 from facepipe.models.zoo.install import add_model, require_golden
 from facepipe.models.zoo.known import KNOWN_MODELS, REGISTERED_PROVENANCE, find_commercial_obstacle
 from facepipe.models.zoo.registry import CARDS, find_card
@@ -27,20 +29,20 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "models"
 
 
-def make_sface_like(seed: int = 0) -> bytes:
+def make_sface_like(seed: int = 0, dim: int = 128) -> bytes:
     """Make a graph of SFace's inputs and shapes: one image of 1x3x112x112, opset 8, weights among the inputs, 128-D."""
     rng = np.random.default_rng(seed)
     conv = numpy_helper.from_array(rng.normal(size=(8, 3, 16, 16)).astype(np.float32) / 500, "conv")
-    fc = numpy_helper.from_array(rng.normal(size=(392, 128)).astype(np.float32), "fc")
+    fc = numpy_helper.from_array(rng.normal(size=(392, dim)).astype(np.float32), "fc")
     nodes = [
         helper.make_node("Conv", ["data", "conv"], ["a"], strides=[16, 16]),
         helper.make_node("Relu", ["a"], ["b"]),
         helper.make_node("Flatten", ["b"], ["c"]),
         helper.make_node("MatMul", ["c", "fc"], ["fc1"]),
     ]
-    values = [("data", [1, 3, 112, 112]), ("conv", [8, 3, 16, 16]), ("fc", [392, 128])]
+    values = [("data", [1, 3, 112, 112]), ("conv", [8, 3, 16, 16]), ("fc", [392, dim])]
     inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in values]
-    output = helper.make_tensor_value_info("fc1", TensorProto.FLOAT, [1, 128])
+    output = helper.make_tensor_value_info("fc1", TensorProto.FLOAT, [1, dim])
     graph = helper.make_graph(nodes, "sface-like", inputs, [output], [conv, fc])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 8)], ir_version=3)
     onnx.checker.check_model(model)
@@ -100,6 +102,35 @@ def test_sface_works_once_its_file_is_there(
     assert (gallery.contract.embedder, gallery.contract.dim) == ("sface", 128)
     # What the graph itself makes of the chip.
     assert np.linalg.norm(gallery.to_arrow(["embedding"])["embedding"][0].as_py()) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_quality_model_works_once_its_file_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One score per chip, the same in any batch; it is no embedder, and no other graph is one of its kind."""
+    data = make_sface_like(dim=1)
+    make_known("ediffiqa-t", data, monkeypatch)
+    (tmp_path / "quality.onnx").write_bytes(data)
+    assert add_model(tmp_path / "quality.onnx").model.name == "ediffiqa-t"
+    card = find_card("ediffiqa-t", "quality")
+    assert (card.licence, card.layout and card.layout.template) == ("CC-BY-4.0", ARCFACE_112)
+    chips = np.random.default_rng(0).integers(0, 256, (5, 112, 112, 3), np.uint8)
+    model = card.load("cpu", 1)
+    scores = model.score(chips)
+    assert scores.shape == (5,)
+    assert np.array_equal(scores, np.concatenate([model.score(chips[n : n + 1]) for n in range(5)]))
+    assert len(model.score(chips[:0])) == 0
+    checked = check_model("ediffiqa-t")
+    assert (checked.role, checked.dim) == ("quality", None)
+    assert "beside `face_quality`" in checked.note
+    with pytest.raises(UnknownModelError, match="'ediffiqa-t' is a quality model, expected an embedder"):
+        find_card("ediffiqa-t", "embedder")
+    wide = make_sface_like()
+    make_known("ediffiqa-t", wide, monkeypatch)
+    (tmp_path / "wide.onnx").write_bytes(wide)
+    add_model(tmp_path / "wide.onnx")
+    with pytest.raises(ModelError, match="one number per chip, and this graph gives 128"):
+        find_card("ediffiqa-t", "quality").load("cpu", 1)
+    with pytest.raises(UnknownModelError, match="no quality model is called 'ediffiq'; registered are: none"):
+        find_card("ediffiq", "quality")
 
 
 def test_an_altered_file_is_refused(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
