@@ -6,13 +6,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 
 from facepipe.gallery.failures import RetryRule
 from facepipe.gallery.sources import SourceRows
 from facepipe.gallery.suppressed import SuppressedHashes
 from facepipe.gallery.table import Gallery
 from facepipe.hashing import hash64, hash64_column, hash64_each, hash_each_in_process
+from facepipe.schema import OK
 from facepipe.sorted_lookup import is_in_sorted
+from facepipe.sources.folder_times import FolderTimes
 from facepipe.sources.number_ranges import NumberRanges
 from facepipe.sources.screening import CHANGED, ERASED, NEW, REPEATED, SKIP, Screening, hash_labels
 from facepipe.storage.hashtable import HashTable
@@ -61,6 +64,7 @@ class KnownImages:
         erased: SuppressedHashes | None = None,
         only: UInt64 | None = None,
         retry: RetryRule | None = None,
+        folders: FolderTimes | None = None,
     ):
         """Read what a gallery holds.
 
@@ -70,6 +74,7 @@ class KnownImages:
             erased: hashes of uris that must not come back.
             only: sorted hashes of uris: all other images are skipped, whatever the gallery knows of them.
             retry: decides which failed images are tried again; by default those that could not be read.
+            folders: folders of the source that the listing may pass over. Their images are only counted.
         """
         self._retry = retry or RetryRule()
         self._table = HashTable(width=3)
@@ -84,12 +89,9 @@ class KnownImages:
         self.source_count = 0
         self._other_numbers = NumberRanges()
         self.listed_count = 0
-        # Only the first row of each image is kept: its other rows repeat the same values.
-        # An image that is being erased is known: it must not be embedded beside its old rows.
-        batches = gallery.batches(_COLUMNS, rows=_ROWS, with_hidden=True) if gallery is not None else ()
         try:
-            for table in _join_batches(batches):
-                self._add(table.filter(pc.fill_null(pc.equal(table["face_index"], 0), True)), source)
+            if gallery is not None:
+                self._read(gallery, source, folders)
         except BaseException:
             self.close()
             raise
@@ -99,24 +101,34 @@ class KnownImages:
         """Whether a listed image may be one that the gallery has under another uri, so that contents decide."""
         return bool(self.own_count or self._first_uris.count)
 
-    def _add(self, images: pa.Table, source: SourceRows | None) -> None:
-        if not images.num_rows:
+    def _read(self, gallery: Gallery, source: SourceRows | None, folders: FolderTimes | None) -> None:
+        """Read the images of a gallery, and leave those out whose folders are passed over."""
+        if folders is None or folders.is_empty:
+            for images in _read_images(gallery, _COLUMNS):
+                self._note_images(images, source)
+                self._add(images, source)
             return
+        self._count_by_folder(gallery, folders)
+        for images in _read_images(gallery, _COLUMNS):
+            self._note_images(images, source)
+            # An image that is marked as missing is not in its folder.
+            is_passed = folders.is_passed(folders.find(images["uri"])) & ~_is_missing(images)
+            self._add(images.filter(pa.array(~is_passed)), source)
+
+    def _count_by_folder(self, gallery: Gallery, folders: FolderTimes) -> None:
+        """Count the images of folders whose time is the same, and decide which of these are passed over."""
+        # Few images are not ok, so those that are tried again are found quickly.
+        for images in _read_images(gallery, ("uri", "status", "failed_with", "face_index"), ds.field("status") != OK):
+            folders.refuse(folders.find(images["uri"])[self._retry.find(images)])
+        for images in _read_images(gallery, ("uri", "missing_since", "face_index")):
+            folders.count(folders.find(images["uri"])[~_is_missing(images)])
+        folders.settle()
+
+    def _note_images(self, images: pa.Table, source: SourceRows | None) -> None:
+        """Count images, and note what has to be known of all of them."""
         is_of_source = np.zeros(images.num_rows, bool) if source is None else source.contains(images)
-        # Images that are tried again, or were missing, are read again: their fingerprints never match.
-        is_marked = pc.is_valid(images["missing_since"])
-        is_retried = self._retry.find(images)
-        marks = hash_each_in_process(pc.fill_null(images["fingerprint"], "").to_numpy(zero_copy_only=False))
-        marks[is_retried | is_marked.to_numpy(zero_copy_only=False)] = 0
-        # An image that is tried again counts as one without content, so that the same bytes get new rows.
-        contents = hash64_column(images["image_id"])
-        contents[is_retried] = _NO_CONTENT
-        labels = hash_labels(images["identity"].to_pylist())
-        own_states = np.where(is_marked.to_numpy(zero_copy_only=False), _MISSING, _OF_SOURCE)
-        states = np.where(is_of_source, own_states, _IN_GALLERY) | labels
-        self._table.add(hash64_column(images["uri"]), np.stack([marks, contents, states], 1))
         self.own_count += int(is_of_source.sum())
-        self.source_count += int((states & _STATE == _OF_SOURCE).sum())
+        self.source_count += int((is_of_source & ~_is_missing(images)).sum())
         other_labels = images["identity"].filter(pa.array(~is_of_source))
         if len(other_labels):
             self._other_numbers.add(pc.unique(other_labels).to_pylist())
@@ -124,6 +136,23 @@ class KnownImages:
         if moved.num_rows:
             first_uris = hash64_each(former[0] for former in moved["former_uris"].to_pylist())
             self._add_first_uris(first_uris, hash64_column(moved["image_id"]))
+
+    def _add(self, images: pa.Table, source: SourceRows | None) -> None:
+        if not images.num_rows:
+            return
+        is_of_source = np.zeros(images.num_rows, bool) if source is None else source.contains(images)
+        # Images that are tried again, or were missing, are read again: their fingerprints never match.
+        is_marked = _is_missing(images)
+        is_retried = self._retry.find(images)
+        marks = hash_each_in_process(pc.fill_null(images["fingerprint"], "").to_numpy(zero_copy_only=False))
+        marks[is_retried | is_marked] = 0
+        # An image that is tried again counts as one without content, so that the same bytes get new rows.
+        contents = hash64_column(images["image_id"])
+        contents[is_retried] = _NO_CONTENT
+        labels = hash_labels(images["identity"].to_pylist())
+        own_states = np.where(is_marked, _MISSING, _OF_SOURCE)
+        states = np.where(is_of_source, own_states, _IN_GALLERY) | labels
+        self._table.add(hash64_column(images["uri"]), np.stack([marks, contents, states], 1))
 
     def _add_first_uris(self, uris: UInt64, contents: UInt64) -> None:
         is_known, known = self._first_uris.get(uris)
@@ -236,6 +265,22 @@ class KnownImages:
         """Delete the temporary files."""
         for table in (self._table, self._first_uris, self._contents):
             table.close()
+
+
+def _read_images(gallery: Gallery, columns: Sequence[str], where: ds.Expression | None = None) -> Iterator[pa.Table]:
+    """Read the first row of each image, whose other rows repeat the same values.
+
+    An image that is being erased is read as well: it must not be embedded beside its old rows.
+    """
+    for table in _join_batches(gallery.batches(columns, where, rows=_ROWS, with_hidden=True)):
+        images = table.filter(pc.fill_null(pc.equal(table["face_index"], 0), True))
+        if images.num_rows:
+            yield images
+
+
+def _is_missing(images: pa.Table) -> Bool:
+    """Tell which images are marked as missing, (n,)."""
+    return np.asarray(pc.is_valid(images["missing_since"]).to_numpy(zero_copy_only=False), bool)
 
 
 def _join_batches(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:

@@ -3,7 +3,9 @@
 import os
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from facepipe.errors import SourceError
 from facepipe.sources.containers.base64_table import Base64Table, is_base64_table
@@ -69,6 +71,8 @@ class SourceConfig:
         boxes_frame: Frame of their coordinates: displayed (EXIF applied), stored, or auto (stored if the size that the
             list gives, or a box outside of the picture, says so).
         boxes_unlisted: Images that no list names: detect (find their faces), or none (a row without a face).
+        full_listing_every: Listings of a folder on a disk among which one looks at every file. The others pass over
+            folders whose modification time is the same, and do not see a file that was written in its place.
     """
 
     uri: str = ""
@@ -83,6 +87,7 @@ class SourceConfig:
     boxes: str | tuple[str, ...] = ()
     boxes_frame: BoxesFrame = "auto"
     boxes_unlisted: UnlistedBoxes = "detect"
+    full_listing_every: Annotated[int, Field(ge=1)] = 1
 
     @property
     def lists_of_faces(self) -> tuple[str, ...]:

@@ -7,7 +7,8 @@ from stat import S_ISREG
 
 from facepipe.sources.expand import Expander, FolderExpander
 from facepipe.sources.extensions import ARCHIVE_EXTENSIONS, IMAGE_EXTENSIONS, get_extension, is_hidden
-from facepipe.sources.item import WorkItem, make_broken_item
+from facepipe.sources.folder_times import FolderTimes
+from facepipe.sources.item import WorkItem, make_broken_item, make_file_uri
 from facepipe.sources.selection import EXCLUDED
 from facepipe.storage import describe_error, get_local_fingerprint, is_special_mode
 
@@ -44,6 +45,7 @@ class FolderSource:
         self._max_depth: int | None = None
         self._nested_folders: set[tuple[int, int]] = set()
         self._takes_all_files = self._selection.takes_all_files
+        self._times: FolderTimes | None = None
 
     @property
     def ignored(self) -> int:
@@ -59,6 +61,10 @@ class FolderSource:
     def notes(self) -> tuple[str, ...]:
         """Sentences on what was passed over."""
         return self._passed_over.describe()
+
+    def pass_over(self, times: FolderTimes) -> None:
+        """Pass over the files of folders that have not changed, by their times. Note the others for next time."""
+        self._times = times
 
     def select(self, is_wanted: Callable[[str], bool], max_depth: int | None) -> "FolderSource":
         """Keep only some files.
@@ -107,6 +113,11 @@ class FolderSource:
                     return
                 self._nested_folders.add(folder_id)
             expand_image = self._expander.make_folder_expander(folder, relative)
+            census = _Census(folder, info, self._times)
+            if census.is_passed:
+                yield _make_folder_item(expand_image)
+                if not census.has_folders:
+                    return
             with os.scandir(folder) as entries:
                 # Sorted runs: a readable order, and bounded memory in a folder of millions.
                 while run := sorted(islice(entries, _SORT_RUN), key=lambda entry: entry.name):
@@ -115,10 +126,13 @@ class FolderSource:
                         path = f"{relative}/{name}" if relative else name
                         goes_down = self._max_depth is None or len(parents) < self._max_depth
                         if _is_plain_file(entry):
-                            yield from self._list_file(entry, name, path, expand_image)
+                            if not census.is_passed:
+                                yield from census.watch(self._list_file(entry, name, path, expand_image), entry)
                         elif goes_down and (problem := _find_problem(entry, name)):
+                            census.is_plain = False
                             yield make_broken_item(entry.path, problem)
                         elif not _is_folder(entry):
+                            census.is_plain = False
                             yield from self._list_file(entry, name, path, expand_image)
                         elif not goes_down:
                             continue
@@ -128,7 +142,10 @@ class FolderSource:
                                 self._passed_over.note_folder(f"{path}/x.jpg")
                         else:
                             entry_links = links + 1 if entry.is_symlink() else links
+                            census.is_plain &= entry_links == links
+                            census.has_folders = True
                             yield self._list_folder(entry.path, path, (*parents, folder_id), entry_links)
+            census.note()
         except OSError as error:
             yield make_broken_item(folder, f"folder cannot be read: {describe_error(error)}")
 
@@ -152,6 +169,49 @@ class FolderSource:
         if item is not None:
             return (item,)
         return self._expander.expand_file(entry.path, relative, fingerprint, is_special_mode(info.st_mode))
+
+
+class _Census:
+    """Counts what is in a folder, for the next listing.
+
+    Attributes:
+        is_passed: Whether the folder's files are passed over.
+        is_plain: Whether all that is in it are plain images, other files and folders: its time then tells all changes.
+        has_folders: Whether there are folders in it.
+    """
+
+    def __init__(self, folder: bytes, info: os.stat_result, times: FolderTimes | None):
+        self._folder = folder
+        self._info = info
+        self._times = times
+        self._images = 0
+        self.is_passed = times is not None and times.pass_over(folder)
+        self.has_folders = times is not None and self.is_passed and times.has_folders(folder)
+        # A folder whose uris need escapes is not known by its path.
+        self.is_plain = times is not None and make_file_uri(folder + b"/x").encode() == folder + b"/x"
+
+    def watch(self, items: Iterable[WorkItem], entry: "os.DirEntry[bytes]") -> Iterable[WorkItem]:
+        """Count the items of a file, and return them."""
+        if not self.is_plain:
+            return items
+        listed = tuple(items)
+        self._images += len(listed)
+        # The images in an archive may change although its folder does not.
+        self.is_plain = all(
+            item.path == entry.path and item.offset is None and not item.listing_error for item in listed
+        )
+        return listed
+
+    def note(self) -> None:
+        """Note the folder, if its time tells all changes in it."""
+        if self._times is not None and self.is_plain and not self.is_passed:
+            self._times.note(self._folder, self._info, self._images, has_folders=self.has_folders)
+
+
+def _make_folder_item(expand_image: FolderExpander) -> WorkItem:
+    """Make the item that stands for a folder whose images are passed over. It has the folder's label, and no path."""
+    item = expand_image("x.jpg", b"", "")
+    return WorkItem("", b"", identity=None if item is None else item.identity)
 
 
 def _is_plain_file(entry: "os.DirEntry[bytes]") -> bool:

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable, Iterator
 
+from facepipe.sources.folder import FolderSource
 from facepipe.sources.folder_levels import FolderLevels
 from facepipe.sources.folder_names import PEOPLE, FolderJudge, FolderKind, FolderVerdict
+from facepipe.sources.folder_times import FolderTimes
 from facepipe.sources.identity import IdentityRule
 from facepipe.sources.item import FolderLabel, Listing, NestedFolderLabel, WorkItem
 from facepipe.sources.labels import format_label
@@ -42,6 +44,11 @@ class LabelledSource:
         self._rule = rule
         self._prefix = prefix
         self._reset()
+
+    def pass_over(self, times: FolderTimes) -> None:
+        """Pass over the files of folders that have not changed, by their times. Sources without folders list all."""
+        if isinstance(self._source, FolderSource):
+            self._source.pass_over(times)
 
     def _reset(self) -> None:
         self.label_numbers = NumberRanges() if self._prefix is None else None
@@ -90,7 +97,9 @@ class LabelledSource:
                     self.label_numbers.add((label,))
                 if prefix:
                     item = item._replace(identity=prefix + label)
-            yield item
+            # An item without a path tells what label the images of a folder have that are passed over.
+            if item.path:
+                yield item
 
     def _judge_folders(self) -> Iterator[WorkItem]:
         """Yield the items without labels that are names of folders which are nobody."""

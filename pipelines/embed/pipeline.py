@@ -28,7 +28,7 @@ from facepipe.gallery.table import RUNS
 from facepipe.given.lists import copy_lists, read_lists
 from facepipe.given.source import GivenFacesSource
 from facepipe.given.table import GivenFaces
-from facepipe.hashing import hash64_each
+from facepipe.hashing import hash64, hash64_each
 from facepipe.models.zoo.registry import GIVEN
 from facepipe.moves.moved_images import MoveCounts, MovedImages
 from facepipe.moves.settle import SettledSource, describe_settling, register_source, settle_source
@@ -37,6 +37,7 @@ from facepipe.observe.runs import new_run_id
 from facepipe.sources import Source, SourceConfig, open_source
 from facepipe.sources.blocks import Block, BlockSize, add_digests, cut_blocks
 from facepipe.sources.extensions import is_web_url
+from facepipe.sources.folder_times import FolderTimes
 from facepipe.sources.item import WatchedSource
 from facepipe.stages import Align, Detect
 from facepipe.stages.find_moved import FindMoved
@@ -100,29 +101,35 @@ class EmbedListing:
 
     def __call__(self) -> Iterator[Block]:
         """List the images in blocks."""
-        source = WatchedSource(self._open_source())
+        times = self._load_times()
+        source = WatchedSource(self._open_source(times))
         only = np.frombuffer(storage.read(self.only), "<u8") if self.only else None
         # Erased images count as known, so that they are not embedded again.
         erased = suppressed.read_uris(self.gallery, self.secret)
-        known = KnownImages(Gallery(self.gallery, self.version), self.rows, erased, only, self.retry)
+        known = KnownImages(Gallery(self.gallery, self.version), self.rows, erased, only, self.retry, times)
         try:
             # If the gallery has images of the source, some of the listed ones may be those under other uris. Which uris
             # are given up is known when everything is listed.
-            yield from cut_blocks(
+            for block in cut_blocks(
                 source,
                 known,
                 self.size,
                 # Whether a list of faces fits the source is known when everything is listed.
                 list_first=known.may_have_moved or bool(self.given),
-                on_listed=lambda is_read: self._write_figures(source, known, is_read=is_read),
+                on_listed=lambda is_read: self._write_figures(source, known, times, is_read=is_read),
                 find_erased=known.find_erased,
-            )
+            ):
+                # Images in folders that were passed over count with the last block.
+                passed = times.passed_images if times is not None and block.last else 0
+                yield replace(block, skipped=block.skipped + passed)
         finally:
             known.close()
 
-    def _open_source(self) -> Source:
+    def _open_source(self, times: FolderTimes | None) -> Source:
         """Open the source, with the faces that lists give."""
         source = open_source(self.source)
+        if times is not None:
+            source.pass_over(times)
         if not self.given:
             return source
         no_detection = "they get no face. To find their faces add --set source.boxes_unlisted=detect"
@@ -135,12 +142,27 @@ class EmbedListing:
             other_faces=detection if self.source.boxes_unlisted == "detect" else no_detection,
         )
 
-    def _write_figures(self, source: WatchedSource, known: KnownImages, *, is_read: bool) -> None:
+    def _load_times(self) -> FolderTimes | None:
+        """Load the times of the source's folders; None if every listing looks at every file."""
+        every = self.source.full_listing_every
+        # A list of faces may have changed although no folder has.
+        if every == 1 or self.only or self.given:
+            return None
+        place = self.rows.source
+        name = f"folders-{hash64(place.name, place.root, place.glob):016x}.parquet"
+        # What is listed, and with which labels, depends on the settings.
+        settings = repr(replace(self.source, full_listing_every=1))
+        return FolderTimes(storage.join(self.gallery, RUNS, name), f"{hash64(settings):016x}", every)
+
+    def _write_figures(
+        self, source: WatchedSource, known: KnownImages, times: FolderTimes | None, *, is_read: bool
+    ) -> None:
         """Write what the listing found out, for the workers and for the driver.
 
         Args:
             source: the source, listed to its end.
             known: what the gallery has.
+            times: times of its folders.
             is_read: whether any image is read, which may have moved.
         """
         # If a part of the source could not be listed, nobody knows what is there.
@@ -148,7 +170,7 @@ class EmbedListing:
         missing, unlisted = known.count_unlisted() if is_complete else (0, 0)
         has_contents = any(len(contents) for contents in known.read_moved_contents(with_unlisted=is_complete))
         figures = ListingFigures(
-            listed=known.listed_count,
+            listed=known.listed_count + (times.passed_images if times is not None else 0),
             held=known.source_count,
             unlisted=missing,
             broken=source.broken_count,
@@ -159,6 +181,8 @@ class EmbedListing:
         )
         contents = known.read_moved_contents(with_unlisted=is_complete)
         write_listing(self.folder, figures, known.read_unlisted(), contents)
+        if times is not None and is_complete:
+            times.save()
 
 
 @record_calls("embed")

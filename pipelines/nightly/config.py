@@ -35,6 +35,8 @@ class NightSource:
         boxes: Lists of the faces of images, which no detector then searches, as in `embed`.
         boxes_frame: Frame of their coordinates: displayed (EXIF applied), stored, or auto.
         boxes_unlisted: Images that no list names: detect (find their faces), or none (a row without a face).
+        full_listing_every: Nights among which one looks at every file of a folder. The others pass over folders whose
+            modification time is the same, and do not see a file that was written in its place.
         retention_days: Age after which images are erased, counted from when they were embedded. They do not come back.
         missing: What happens to images that the source no longer lists: keep, mark (in `missing_since`), or erase.
     """
@@ -51,6 +53,7 @@ class NightSource:
     boxes: str | tuple[str, ...] = ()
     boxes_frame: BoxesFrame = "auto"
     boxes_unlisted: UnlistedBoxes = "detect"
+    full_listing_every: Annotated[int, Field(ge=1)] = 1
     retention_days: Annotated[float, Field(gt=0)] | None = None
     missing: Literal["keep", "mark", "erase"] = "mark"
 

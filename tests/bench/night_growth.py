@@ -1,14 +1,16 @@
 """What a night costs step by step, if the gallery grows and the changes do not.
 
-    python tests/bench/night_growth.py [--images 100000 1000000] [--changes 1000] [--folder FOLDER] [--profile]
+    python tests/bench/night_growth.py [--images 100000 1000000] [--changes 1000] [--folders 10] [--folder FOLDER]
 
 A folder of tiny files, a thousand in each folder, goes through the whole of `nightly`: listing, screening, blocks, parts,
 commits, index, erasure, copies, compaction. Only the chain is fake: a stage reads each file and draws a face, so that no
 decoder and no model is in the figures. Clusters are left out: `nightly.py` in this folder has them.
 
-The first night takes everything in. Then come two nights that only list, and two with changes: half of them are new files,
-three tenths are other contents under the same name, one tenth is touched, one tenth is removed and erased. Changes are drawn from
-all files. Printed are seconds of CPU per step, of this process and of its children, in the last night of each kind.
+The first night takes everything in. Then come nights without a change and with changes, that pass over folders by their times
+(`full_listing_every`), and that look at every file. Of the changes half are new files, three tenths are other contents under the
+same name, one tenth is touched, one tenth is removed and erased. They are drawn from all files, or lie in `--folders` folders.
+Folders get times in the past, because what has just changed is always listed. Printed are seconds of CPU per step, of this
+process and of its children. The index is flat, because training one costs as much for a thousand changes as for none.
 """
 
 import argparse
@@ -113,21 +115,37 @@ class Corpus:
                 os.makedirs(os.path.dirname(self.get_path(number)), exist_ok=True)
             self.write(number, f"{number}")
             self.numbers.append(number)
-        self.next += count
+        last = self.next + count
+        places = set(range(self.next // PER_FOLDER, (last - 1) // PER_FOLDER + 1))
+        self.next = last
+        self.settle(places)
 
-    def change(self, count: int) -> None:
+    def change(self, count: int, folders: int | None) -> None:
+        """Change files of all folders, or of some."""
         self.generation += 1
-        at = self.rng.choice(len(self.numbers), count // 2, replace=False)
-        changed, touched, removed = np.split(at, [3 * count // 10, 4 * count // 10])
-        for n in changed.tolist():
-            self.write(self.numbers[n], f"{self.numbers[n]} of day {self.generation}")
-        for n in touched.tolist():
-            os.utime(self.get_path(self.numbers[n]))
-        for n in removed.tolist():
-            os.unlink(self.get_path(self.numbers[n]))
-        gone = set(removed.tolist())
-        self.numbers = [number for n, number in enumerate(self.numbers) if n not in gone]
+        numbers = np.array(self.numbers)
+        candidates = numbers
+        if folders:
+            chosen = self.rng.choice(np.unique(numbers // PER_FOLDER), folders, replace=False)
+            candidates = numbers[np.isin(numbers // PER_FOLDER, chosen)]
+        drawn = self.rng.choice(candidates, count // 2, replace=False)
+        changed, touched, removed = np.split(drawn, [3 * count // 10, 4 * count // 10])
+        for number in changed.tolist():
+            self.write(number, f"{number} of day {self.generation}")
+        for number in touched.tolist():
+            os.utime(self.get_path(number))
+        for number in removed.tolist():
+            os.unlink(self.get_path(number))
+        self.numbers = numbers[~np.isin(numbers, removed)].tolist()
         self.add(count - count // 2)
+        self.settle({number // PER_FOLDER for number in drawn.tolist()})
+
+    def settle(self, places: set[int]) -> None:
+        """Give folders new times that are hours ago."""
+        for place in places:
+            folder = os.path.dirname(self.get_path(place * PER_FOLDER))
+            time = 1e9 + 1000 * self.generation + place % 1000
+            os.utime(folder, (time, time))
 
 
 class Watch:
@@ -177,38 +195,43 @@ def read_cpu() -> float:
     return total
 
 
-def build_config(place: Path) -> NightlyConfig:
+def build_config(place: Path, full_listing_every: int) -> NightlyConfig:
+    source = {"uri": str(place / "in"), "name": "in", "missing": "erase", "full_listing_every": full_listing_every}
     return build(
         DrawnNights,
-        {"gallery": str(place / "g"), "source": [{"uri": str(place / "in"), "name": "in", "missing": "erase"}]},
-        {"detect": {"model": "fake-detector"}, "embed": {"model": "fake-embedder"}, "run": {"runner": "inline"}},
+        {"gallery": str(place / "g"), "source": [source]},
+        {"detect": {"model": "fake-detector"}, "embed": {"model": "fake-embedder"}},
+        {"run": {"runner": "inline", "block_largest": 4096}, "index": {"factory": "Flat"}},
         {"night": {"clusters": "no", "dedup": True}, "compact": {"fewest": 2}},
     )
 
 
-def measure_gallery(count: int, changes: int, place: Path, watch: Watch) -> tuple[dict[str, float], dict[str, float]]:
-    place.mkdir(exist_ok=True)
+def measure_gallery(args: argparse.Namespace, count: int, place: Path, watch: Watch) -> dict[str, dict[str, float]]:
     corpus = Corpus(place / "in", count)
-    config = build_config(place)
+    by_times = build_config(place, full_listing_every=1000)
+    full = build_config(place, full_listing_every=1)
     # Copies are looked for from the second night on: the first would compare everything with everything.
-    first = replace(config, night=replace(config.night, dedup=False))
+    first = replace(by_times, night=replace(by_times.night, dedup=False))
     print(f"\n{count} images, first night: {show(watch.run(first))}", flush=True)
-    gallery = Gallery(config.gallery)
+    gallery = Gallery(by_times.gallery)
     report = place / "g" / "reports" / NAME
     report.mkdir(parents=True, exist_ok=True)
     ReadMark.from_gallery(gallery).save(str(report / MARK))
-    watch.run(config)
-    unchanged = watch.run(config)
-    print(f"nothing changed: {show(unchanged)}", flush=True)
-    corpus.change(changes)
-    watch.run(config)
-    corpus.change(changes)
-    changed = watch.run(config)
-    print(f"{changes} changes: {show(changed)}", flush=True)
-    files = gallery.count_totals()
+    nights = {}
+    for name, config, changes in (
+        ("folders by their times, no change", by_times, 0),
+        ("folders by their times, changes", by_times, args.changes),
+        ("every file, no change", full, 0),
+        ("every file, changes", full, args.changes),
+    ):
+        if changes:
+            corpus.change(changes, args.folders)
+        nights[name] = watch.run(config)
+        print(f"{name}: {show(nights[name])}", flush=True)
+    totals = Gallery(by_times.gallery).count_totals()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
-    print(f"{files.files} files of {files.bytes / 1e6:.0f} MB; peak of this process {peak:.0f} MiB")
-    return unchanged, changed
+    print(f"{totals.files} files of {totals.bytes / 1e6:.0f} MB; peak of this process {peak:.0f} MiB", flush=True)
+    return nights
 
 
 def show(cpu: dict[str, float]) -> str:
@@ -220,6 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--changes", type=int, default=1000)
+    parser.add_argument("--folders", type=int, help="number of folders that the changes lie in; all by default")
     parser.add_argument("--folder", help="where the files and galleries go; they are deleted again")
     parser.add_argument("--keep", action="store_true", help="keep them")
     parser.add_argument("--profile", action="store_true", help="print a profile of the last night")
@@ -231,19 +255,17 @@ def main() -> None:
     for count in args.images:
         place = Path(tempfile.mkdtemp(dir=args.folder))
         try:
-            totals.append(measure_gallery(count, args.changes, place, watch))
+            totals.append(measure_gallery(args, count, place, watch))
         finally:
             if not args.keep:
                 shutil.rmtree(place)
         if args.profile:
             watch.show_profiles()
-    if len(totals) > 1:
-        names = ("nothing changed", f"{args.changes} changes")
-        for name, first, last in zip(names, totals[0], totals[-1], strict=True):
-            ratios = [f"{step} {last[step] / max(0.01, first[step]):.1f}" for step in STEPS]
-            print(
-                f"{name}: {args.images[-1]} images over {args.images[0]}: {', '.join(ratios)}, all {sum(last.values()) / sum(first.values()):.1f}"
-            )
+    for name in totals[0] if len(totals) > 1 else ():
+        first, last = totals[0][name], totals[-1][name]
+        ratios = [f"{step} {last[step] / max(0.01, first[step]):.1f}" for step in STEPS if step in first]
+        whole = sum(last.values()) / sum(first.values())
+        print(f"{name}: {args.images[-1]} images over {args.images[0]}: {', '.join(ratios)}, all {whole:.1f}")
 
 
 if __name__ == "__main__":
