@@ -272,6 +272,7 @@ class _ErasureSteps:
             table = Gallery(self.gallery)
             trace = RewriteTrace()
             plan = plan_rewrite_of_uris(uris, lambda rows, mask: rows.filter(pc.invert(mask)))
+            plan = replace(plan, deletes=True)
             actions = list(rewrite_files(table, plan, trace))
             if actions:
                 self.receipt.version_before = table.version

@@ -209,7 +209,7 @@ class _Census:
 
 
 def _make_folder_item(expand_image: FolderExpander) -> WorkItem:
-    """Make the item that stands for a folder whose images are passed over. It has the folder's label, and no path."""
+    """Make the item that stands for a folder whose images are passed over. It has the folder's label, and no name."""
     item = expand_image("x.jpg", b"", "")
     return WorkItem("", b"", identity=None if item is None else item.identity)
 

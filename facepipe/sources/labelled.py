@@ -97,8 +97,8 @@ class LabelledSource:
                     self.label_numbers.add((label,))
                 if prefix:
                     item = item._replace(identity=prefix + label)
-            # An item without a path tells what label the images of a folder have that are passed over.
-            if item.path:
+            # An item without a name tells what label the images of a folder have that are passed over.
+            if item.uri:
                 yield item
 
     def _judge_folders(self) -> Iterator[WorkItem]:

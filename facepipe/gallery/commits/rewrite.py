@@ -60,6 +60,8 @@ class Rewrite:
         data_change: Whether readers lose or gain rows by it.
         change_marked: Makes the same change in the columns that marks can hold, from rows of `marks.SCHEMA` which are
             concerned; None if the rows have to be written anew. Absent: they always have to.
+        deletes: Whether `change` deletes the rows concerned, and does nothing else. A file of which all rows go is then
+            not read.
     """
 
     columns: Sequence[str]
@@ -68,6 +70,7 @@ class Rewrite:
     may_match: Callable[[dict[str, Any]], bool] = lambda file: True
     data_change: bool = True
     change_marked: Callable[[pa.Table], pa.Table | None] | None = None
+    deletes: bool = False
 
 
 @dataclass
@@ -149,6 +152,12 @@ def _rewrite_file(
     gallery: Gallery, path: str, mask: pa.BooleanArray, rewrite: Rewrite, trace: RewriteTrace | None
 ) -> Iterator[Action]:
     """Write a file anew, and yield the actions that replace it."""
+    if rewrite.deletes and pc.all(mask).as_py():
+        yield make_remove_action(path, rewrite.data_change)
+        if trace is not None:
+            trace.before.append((path, parse_digest(path)))
+            trace.rows += len(mask)
+        return
     rows = read_rows(gallery, path)
     new_rows = rewrite.change(rows, mask)
     # The old file leaves the table, and what is left of its rows comes back as a new one.
