@@ -207,6 +207,10 @@ def _look_up(file: BinaryIO, index: str) -> Iterator[tuple[str, _Record | str]]:
     size = os.fstat(file.fileno()).st_size
     for batch in _read_index(index):
         for key, offset in zip(batch["key"].to_pylist(), batch["offset"].to_pylist(), strict=True):
+            if key is None or offset is None:
+                # A line that is cut off has a key alone.
+                yield str(key), f"{os.path.basename(index)} has a line without a key or an offset"
+                continue
             try:
                 yield str(key), _read_record(file, offset, size)
             except StorageError as error:

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import random
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from archives import write_records, write_verification_set
 
+from facepipe.errors import SourceError
 from facepipe.hashing import compute_image_id
 from facepipe.schema import OK, WORK_ITEM
 from facepipe.sources import SourceConfig, WorkItem, open_source
@@ -341,3 +343,64 @@ def test_a_file_whose_name_looks_like_a_member_is_a_file(tmp_path: Path) -> None
     (tmp_path / "list.txt").write_text("a.tar#1.jpg 7\n")
     (item,) = open_source(SourceConfig(str(tmp_path / "list.txt")))
     assert (os.fsdecode(item.path), item.identity) == (str(tmp_path / "a.tar#1.jpg"), "7")
+
+
+def damage(path: Path, kind: str, rng: random.Random, others: list[Path]) -> None:
+    """Damage a file as disks, networks and people do."""
+    data = path.read_bytes()
+    match kind:
+        case "truncated":
+            path.write_bytes(data[: rng.randrange(len(data) + 1)])
+        case "flipped":
+            changed = bytearray(data)
+            for _ in range(rng.randint(1, 6)):
+                changed[rng.randrange(len(changed))] = rng.randrange(256)
+            path.write_bytes(changed)
+        case "shuffled":
+            cuts = sorted(rng.randrange(len(data) + 1) for _ in range(3))
+            parts = [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True)]
+            rng.shuffle(parts)
+            path.write_bytes(b"".join(parts))
+        case "foreign":
+            path.write_bytes(rng.choice(others).read_bytes())
+        case "noise":
+            path.write_bytes(rng.randbytes(rng.choice([0, 1, 100, 5000])))
+        case "pointer":  # what a clone holds without its large files
+            path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize {len(data)}\n")
+        case "gone":
+            path.unlink()
+
+
+@pytest.mark.parametrize("kind", ["truncated", "flipped", "shuffled", "foreign", "noise", "pointer", "gone"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_damaged_layout_ends_in_rows_or_a_message(tmp_path: Path, layout: str, kind: str) -> None:
+    """Nothing else is raised, no row is named by an image, and what is read of undamaged images is what they are."""
+    contents = {compute_image_id(data) for _, data, _ in IMAGES}
+    for seed in range(3):
+        rng = random.Random(f"{layout} {kind} {seed}")
+        (tmp_path / str(seed)).mkdir()
+        path = LAYOUTS[layout](tmp_path / str(seed))
+        root = path if path.is_dir() else path.parent
+        files = sorted(file for file in root.rglob("*") if file.is_file())
+        damage(rng.choice(files), kind, rng, files)
+        try:
+            items = list(open_source(SourceConfig(str(path))))
+        except SourceError as error:
+            message = str(error)
+            assert str(root) in message, message
+            continue
+        assert len({item.uri for item in items}) == len(items)
+        if not items:
+            continue
+        for item in items:
+            # A line of noise in a list may be a long name.
+            assert kind == "noise" or len(item.uri) < 400 + len(str(tmp_path)), item.uri
+            assert item.listing_error is None or len(item.listing_error) < 400
+        columns = zip(WorkItem._fields, zip(*items, strict=True), strict=True)
+        table = pa.table({name: pa.array(column, WORK_ITEM.field(name).type) for name, column in columns})
+        read = Read()(table.append_column("previous", pa.nulls(len(items), pa.uint64())))
+        assert read.num_rows == len(items)
+        if kind in ("gone", "pointer", "foreign"):
+            # One file is not what it was, and images in others are whole.
+            found = [image for image in read["image_id"].to_pylist() if image is not None]
+            assert len(files) == 1 or len(set(found) - contents) <= 1

@@ -106,6 +106,19 @@ def test_a_file_that_is_cut_off_gives_what_is_there_and_says_so(tmp_path: Path, 
             assert any(item.listing_error for item in items)
 
 
+@pytest.mark.parametrize("rest", ["", "\t"])
+def test_an_index_that_is_cut_off_in_a_line_is_told(tmp_path: Path, rest: str) -> None:
+    path = tmp_path / "train.rec"
+    write_records(path, IMAGES)
+    lines = path.with_suffix(".idx").read_text().splitlines()
+    key = lines[-1].split("\t")[0]
+    path.with_suffix(".idx").write_text("\n".join(lines[:-1]) + f"\n{key}{rest}")
+    items = list_file(path)
+    broken = [item.listing_error for item in items if item.listing_error is not None]
+    assert broken, "nothing is passed over in silence"
+    assert "train.idx" in str(broken[0])
+
+
 def test_damage_ends_in_rows_and_never_in_an_exception(tmp_path: Path) -> None:
     path = tmp_path / "train.rec"
     write_records(path, [*IMAGES, (CUT, 12)])
