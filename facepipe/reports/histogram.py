@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from facepipe.reports.model import Series
+from facepipe.reports.top import SLICE
 from facepipe.types import Float64
 
 Numbers = npt.NDArray[np.floating] | npt.NDArray[np.integer]
@@ -22,9 +23,12 @@ def count_values(name: str, values: Numbers, edges: Numbers) -> Series:
         values: numbers, of any shape.
         edges: rising edges, (n + 1,).
     """
-    numbers = values[~np.isnan(values)]
-    # Clipping moves values beyond the edges into the outermost bins.
-    counts, _ = np.histogram(np.clip(numbers, edges[0], edges[-1]), edges)
+    flat = values.reshape(-1)
+    counts = np.zeros(len(edges) - 1, np.int64)
+    # Slice by slice, because values are copied. Clipping moves those beyond the edges into the outermost bins.
+    for begin in range(0, len(flat), SLICE):
+        part = flat[begin : begin + SLICE]
+        counts += np.histogram(np.clip(part[~np.isnan(part)], edges[0], edges[-1]), edges)[0]
     return Series(name, tuple(edges.tolist()), tuple(counts.tolist()))
 
 

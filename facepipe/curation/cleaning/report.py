@@ -31,7 +31,8 @@ from facepipe.reports.faces import FaceDetails, list_distances, read_face_detail
 from facepipe.reports.histogram import count_values, linear_edges, log_edges
 from facepipe.reports.model import Choice, Face, Figure, Group, Histogram, Report, ReviewTarget, Step, Table
 from facepipe.reports.questions import ASKS_FOR, build_label_choices, build_pair_choices, list_review_steps
-from facepipe.types import Float32, Int64
+from facepipe.reports.top import SLICE, BestMembers, find_highest
+from facepipe.types import Bool, Float32, Int64
 
 _EXAMPLES = 4  # faces of an identity beside a suspicious one
 # Bounds of the bins of probabilities, as in `facepipe evaluate clean`.
@@ -153,8 +154,9 @@ def _build_similarity_histogram(verdicts: LabelVerdicts) -> Histogram:
     other = verdicts.other_similarity
     is_kept = verdicts.is_kept
     # The bins cover similarities to the own identity and to others.
-    known = np.concatenate([own[~np.isnan(own)], other[~np.isnan(other)]])
-    edges = linear_edges(float(known.min(initial=1)), float(known.max(initial=-1)) + 1e-3, 80)
+    low = min(np.fmin.reduce(values, initial=1) for values in (own, other))
+    high = max(np.fmax.reduce(values, initial=-1) for values in (own, other))
+    edges = linear_edges(float(low), float(high) + 1e-3, 80)
     rows = (
         count_values("own identity, kept", own[is_kept], edges),
         count_values("own identity, not kept", own[~is_kept], edges),
@@ -177,13 +179,15 @@ def _build_size_histogram(judgement: LabelJudgement) -> Histogram:
 
 
 def _build_decision_table(verdicts: LabelVerdicts) -> Table:
-    is_decided = verdicts.decision >= 0
-    # Count each combination of a decision and a reason.
-    pairs = list(zip(verdicts.decision[is_decided], verdicts.reason[is_decided], strict=True))
-    keys, counts = np.unique(np.array(pairs, np.int64).reshape(-1, 2), axis=0, return_counts=True)
+    # Count each combination of a decision and a reason, slice by slice.
+    counts = np.zeros((len(DECISIONS), len(REASONS)), np.int64)
+    for begin in range(0, len(verdicts.decision), SLICE):
+        decision = verdicts.decision[begin : begin + SLICE]
+        is_decided = decision >= 0
+        np.add.at(counts, (decision[is_decided], verdicts.reason[begin : begin + SLICE][is_decided]), 1)
     rows = tuple(
-        (DECISIONS[decision], REASONS[reason], f"{count:,}")
-        for (decision, reason), count in zip(keys, counts, strict=True)
+        (DECISIONS[decision], REASONS[reason], f"{counts[decision, reason]:,}")
+        for decision, reason in np.argwhere(counts)
     )
     return Table("Decisions", ("decision", "because", "faces"), rows)
 
@@ -223,8 +227,7 @@ class _CleanGroups:
         identities = judgement.identities
         # Suspicious labels, by falling noise.
         is_flagged = np.isin(verdicts.decision, [DECISIONS.index(name) for name in (OUTLIER, RELABEL, REVIEW)])
-        by_noise = np.lexsort((np.arange(len(is_flagged)), -verdicts.noise))
-        self._suspects = by_noise[is_flagged[by_noise]]
+        self._suspects = find_highest(verdicts.noise, _MAX_LABEL_GROUPS, is_flagged)
         # Identities that may be two persons, the least similar parts first.
         split = np.flatnonzero(identities.apart_count > 0)
         self._split = split[np.argsort(identities.apart_similarity[split], kind="stable")]
@@ -237,15 +240,28 @@ class _CleanGroups:
             ],
             axis=1,
         )
-        # Faces by identity, in each the kept ones first, and of these the best fit.
-        is_not_kept = ~verdicts.is_kept
-        order = np.lexsort((-np.nan_to_num(verdicts.own_similarity), is_not_kept, judgement.labels))
-        self._order = order
-        self._starts = np.searchsorted(judgement.labels[order], np.arange(len(judgement.names) + 1))
-        self.total = len(self._suspects) + len(self._pairs) + len(split)
+        # The best faces of the identities that are shown, and of the parts of those that may be two persons.
+        shown = [judgement.labels[self._suspects], verdicts.other[self._suspects], self._pairs[:_MAX_IDENTITY_GROUPS]]
+        identities_shown = np.concatenate([numbers.reshape(-1) for numbers in shown])
+        self._best = BestMembers(
+            len(judgement.labels),
+            identities_shown[identities_shown >= 0],
+            _EXAMPLES,
+            lambda part: judgement.labels[part],
+            self._rank,
+        )
+        split_shown = self._split[:_MAX_IDENTITY_GROUPS]
+        self._parts = BestMembers(
+            len(judgement.labels),
+            np.concatenate([2 * split_shown, 2 * split_shown + 1]),
+            _EXAMPLES,
+            self._number_parts,
+            self._rank,
+        )
+        self.total = int(is_flagged.sum()) + len(self._pairs) + len(split)
 
     def __iter__(self) -> Iterator[Group]:
-        suspects = self._suspects[:_MAX_LABEL_GROUPS].tolist()
+        suspects = self._suspects.tolist()
         merges = range(min(_MAX_IDENTITY_GROUPS, len(self._pairs)))
         split = self._split[:_MAX_IDENTITY_GROUPS].tolist()
         # Read all faces in one pass over the gallery.
@@ -258,14 +274,22 @@ class _CleanGroups:
         yield from (self._build_merge_group(pair, faces) for pair in merges)
         yield from (self._build_split_group(identity, faces) for identity in split)
 
-    def _list_members(self, identity: int) -> Int64:
-        """List the faces of an identity, the best first. There are none for the identity -1."""
-        if identity < 0:
-            return np.empty(0, np.int64)
-        return self._order[self._starts[identity] : self._starts[identity + 1]]
+    def _rank(self, faces: Int64) -> tuple[Float32, Bool]:
+        """Order faces: the kept ones first, and of these the best fit."""
+        verdicts = self._judgement.verdicts
+        chosen = verdicts.decision[faces]
+        is_kept = (chosen == DECISIONS.index(KEEP)) | (chosen == DECISIONS.index(UNVERIFIED))
+        return -np.nan_to_num(verdicts.own_similarity[faces]), ~is_kept
+
+    def _number_parts(self, faces: slice) -> Int64:
+        """Assign numbers to the two largest parts of each identity; faces of neither get -1."""
+        part = self._judgement.parts.part[faces]
+        labels = self._judgement.labels[faces]
+        return np.where((labels >= 0) & ((part == 0) | (part == 1)), 2 * labels + part, -1)
 
     def _select_best(self, identity: int) -> Int64:
-        return self._list_members(identity)[:_EXAMPLES]
+        """Select the best faces of an identity. There are none for the identity -1."""
+        return self._best.list_members(identity)
 
     def _select_around(self, face: int) -> Int64:
         own = int(self._judgement.labels[face])
@@ -277,9 +301,7 @@ class _CleanGroups:
         return np.concatenate([self._select_best(left), self._select_best(right)])
 
     def _select_parts(self, identity: int) -> Int64:
-        members = self._list_members(identity)
-        part = self._judgement.parts.part[members]
-        return np.concatenate([members[part == 0][:_EXAMPLES], members[part == 1][:_EXAMPLES]])
+        return np.concatenate([self._parts.list_members(2 * identity + number) for number in (0, 1)])
 
     def _build_label_group(self, face: int, faces: dict[int, FaceDetails]) -> Group:
         """Show a suspicious face beside the best faces of its label and of the most likely other identity."""

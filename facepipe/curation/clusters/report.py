@@ -24,6 +24,7 @@ from facepipe.reports.model import (
     Step,
 )
 from facepipe.reports.questions import build_pair_choices, list_review_steps
+from facepipe.reports.top import BestMembers
 from facepipe.types import Float32, Int64
 
 # Faces that are shown of a cluster, and of each part of a suspect.
@@ -132,9 +133,10 @@ def _build_size_histogram(sizes: Int64) -> Histogram:
 
 def _build_fit_histogram(graph: Graph, fits: Float32) -> Histogram:
     # A face that is alone has no fit.
-    known = fits[~np.isnan(fits)]
-    edges = np.linspace(float(known.min(initial=0)), float(known.max(initial=0.1)) + 1e-3, 60)
-    rows = (count_values("faces", known, edges),)
+    low = np.fmin.reduce(fits, initial=0)
+    high = np.fmax.reduce(fits, initial=0.1)
+    edges = np.linspace(float(low), float(high) + 1e-3, 60)
+    rows = (count_values("faces", fits, edges),)
     marks = (Mark(graph.info.threshold.similarity, "threshold"),)
     return Histogram("How well faces fit their cluster", "mean similarity to the rest", rows, marks)
 
@@ -146,11 +148,22 @@ class _ClusterGroups:
         self._graph = graph
         self._gallery = gallery
         self._review = review
-        # Nodes by cluster, the best fit first.
-        self._order = np.lexsort((-np.nan_to_num(review.fits), review.labels))
-        self._starts = np.searchsorted(review.labels[self._order], np.arange(len(review.clusters) + 1))
         largest = np.lexsort((review.numbers, -review.clusters.size))[:_MAX_CLUSTERS]
         self._largest = largest[review.clusters.size[largest] > 1]
+        # The nodes that fit best, of the clusters that are shown and of the parts of suspects.
+        merges = review.merges
+        shown = np.concatenate([merges.left[:_MAX_SUSPECTS], merges.right[:_MAX_SUSPECTS], self._largest])
+        self._best = BestMembers(
+            len(review.labels), shown, _FACES_PER_CLUSTER, lambda part: review.labels[part], self._rank
+        )
+        split = review.splits.cluster[:_MAX_SUSPECTS]
+        self._parts = BestMembers(
+            len(review.labels),
+            np.concatenate([2 * split, 2 * split + 1]),
+            _FACES_PER_PART,
+            self._number_parts,
+            self._rank,
+        )
         self._cohesion = review.clusters.compute_cohesion()
         self.total = len(review.merges) + len(review.splits) + int((review.clusters.size > 1).sum())
 
@@ -172,22 +185,27 @@ class _ClusterGroups:
         yield from sorted(suspects, key=lambda group: -group.suspicion)
         yield from (self._build_cluster_group(cluster, faces) for cluster in largest)
 
-    def _list_members(self, cluster: int) -> Int64:
-        return self._order[self._starts[cluster] : self._starts[cluster + 1]]
+    def _rank(self, nodes: Int64) -> tuple[Float32]:
+        """Order nodes by how well they fit, the best first."""
+        return (-np.nan_to_num(self._review.fits[nodes]),)
+
+    def _number_parts(self, nodes: slice) -> Int64:
+        """Assign numbers to the two parts of each cluster; nodes of neither part get -1."""
+        part = self._review.splits.part[nodes]
+        return np.where((part == 0) | (part == 1), 2 * self._review.labels[nodes] + part, -1)
 
     def _select_best(self, cluster: int) -> Int64:
-        return self._list_members(cluster)[:_FACES_PER_CLUSTER]
+        return self._best.list_members(cluster)
 
     def _select_merge(self, n: int) -> list[Int64]:
         """Select the best nodes of both clusters of a suspected merge."""
         pair = (int(self._review.merges.left[n]), int(self._review.merges.right[n]))
-        return [self._list_members(cluster)[:_FACES_PER_PART] for cluster in pair]
+        return [self._best.list_members(cluster)[:_FACES_PER_PART] for cluster in pair]
 
     def _select_split(self, n: int) -> list[Int64]:
         """Select the best nodes of both parts of a suspected split."""
-        members = self._list_members(int(self._review.splits.cluster[n]))
-        part = self._review.splits.part[members]
-        return [members[part == number][:_FACES_PER_PART] for number in (0, 1)]
+        cluster = int(self._review.splits.cluster[n])
+        return [self._parts.list_members(2 * cluster + number) for number in (0, 1)]
 
     def _build_merge_group(self, n: int, faces: dict[int, FaceDetails]) -> Group:
         review = self._review

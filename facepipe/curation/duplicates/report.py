@@ -179,16 +179,17 @@ class _DuplicateGroups:
         self._found = found
         # Pairs of one shot, the nearest first.
         shots = found.pairs.filter(pc.equal(found.pairs["kind"], KINDS[-1]))
-        self._shots = shots.sort_by([("distance", "ascending"), ("uri_a", "ascending")])
+        order = [("distance", "ascending"), ("uri_a", "ascending"), ("uri_b", "ascending")]
+        self._shots = shots.take(pc.select_k_unstable(shots, _MAX_SAME_SHOTS, order))
         self._shared = shared
-        self.total = found.groups.num_rows + self._shots.num_rows
+        self.total = found.groups.num_rows + shots.num_rows
         if shared is not None:
             self.total += shared.persons.num_rows + shared.look_alikes.num_rows
 
     def __iter__(self) -> Iterator[Group]:
         yield from self._build_identity_groups()
         groups = self._list_groups()
-        shots = self._shots.slice(0, _MAX_SAME_SHOTS).to_pylist()
+        shots = self._shots.to_pylist()
         # Read the first faces of all groups in one pass.
         wanted = [(member["uri"], member["side"]) for group in groups for member in group["members"]]
         wanted += [(row[f"uri_{end}"], row[f"side_{end}"]) for row in shots for end in "ab"]
@@ -219,20 +220,25 @@ class _DuplicateGroups:
 
     def _list_groups(self) -> list[dict[str, Any]]:
         """List the groups to show with their first members, the least certain first: their weakest link decides."""
-        table = self._found.groups.sort_by([("group", "ascending")])
-        order = np.argsort([-KINDS.index(kind) for kind in table["kind"].to_pylist()], kind="stable")[:_MAX_GROUPS]
-        groups = table.take(pa.array(order))
-        decisions = self._found.decisions.filter(self._found.decisions["group"].is_valid())
-        decisions = decisions.filter(pc.is_in(decisions["group"], groups["group"].combine_chunks()))
-        # Members by group, the kept image first.
-        members: dict[int, list[dict[str, Any]]] = {}
-        for row in decisions.to_pylist():
-            members.setdefault(row["group"], []).append(row)
+        table = self._found.groups
+        certainty = pc.index_in(table["kind"], pa.array(KINDS))
+        keys = pa.table({"certainty": certainty, "group": table["group"]})
+        order = [("certainty", "descending"), ("group", "ascending")]
+        groups = table.take(pc.select_k_unstable(keys, _MAX_GROUPS, order))
+        decisions = self._found.decisions
+        decisions = decisions.filter(pc.is_in(decisions["group"], groups["group"].combine_chunks().drop_null()))
+        # Members by group, the kept image first. Only those that are shown become rows of Python.
+        decisions = decisions.append_column("is_other", pc.not_equal(decisions["decision"], KEEP))
+        order = [("group", "ascending"), ("is_other", "ascending"), ("uri", "ascending")]
+        decisions = decisions.take(pc.sort_indices(decisions, order)).drop_columns(["is_other"])
+        numbers = decisions["group"].to_numpy()
+        begins = np.searchsorted(numbers, groups["group"].to_numpy())
+        ends = np.searchsorted(numbers, groups["group"].to_numpy(), side="right")
         shown = []
-        for group in groups.to_pylist():
-            rows = sorted(members.get(group["group"], []), key=lambda row: (row["decision"] != KEEP, row["uri"]))
-            more = max(0, len(rows) - _IMAGES_PER_GROUP)
-            shown.append({**group, "members": rows[:_IMAGES_PER_GROUP], "more": more})
+        for group, begin, end in zip(groups.to_pylist(), begins.tolist(), ends.tolist(), strict=True):
+            count = min(_IMAGES_PER_GROUP, end - begin)
+            more = end - begin - count
+            shown.append({**group, "members": decisions.slice(begin, count).to_pylist(), "more": more})
         return shown
 
     def _read_first_faces(self, wanted: list[tuple[str, int]]) -> FirstFaces:
