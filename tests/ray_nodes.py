@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+import pytest
+
+from pipelines.runtime.runners import ray as ray_runner
 
 STORE = 100_000_000  # bytes; Ray takes no less than some 75 MiB
 _QUIET = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
@@ -162,6 +165,19 @@ def cluster(cpus: tuple[int, ...] = (1, 1, 1), gpus: int = 0) -> Iterator[Cluste
         yield made
     finally:
         made.stop()
+
+
+@contextmanager
+def connect(nodes: Cluster) -> Iterator[Cluster]:
+    """Connect this process to a cluster."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in nodes.environment.items():
+            patch.setenv(name, value)
+        ray_runner.start()
+        try:
+            yield nodes
+        finally:
+            ray_runner.stop()
 
 
 def _alive(pid: int) -> psutil.Process | None:

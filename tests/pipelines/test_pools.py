@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from ray_nodes import Cluster, cluster
+from ray_nodes import Cluster, cluster, connect
 
 from facepipe.errors import ModelError, WorkerError
 from facepipe.gallery.commits.parts import PartRecord
@@ -33,13 +33,10 @@ def one_node() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def connected(one_node: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+def connected(one_node: Cluster) -> Iterator[Cluster]:
     """Connect this process to a cluster of one node."""
-    for name, value in one_node.environment.items():
-        monkeypatch.setenv(name, value)
-    ray_runner.start()
-    yield one_node
-    ray_runner.stop()
+    with connect(one_node):
+        yield one_node
 
 
 def make_stage(folder: Path, on_setup: Callable[[Path], None], on_call: Callable[[Path], None]) -> Any:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 import pytest
-from ray_nodes import Cluster, cluster
+from ray_nodes import Cluster, cluster, connect
 
 from facepipe.errors import DeviceError
 from facepipe.gallery.commits.parts import PartRecord
@@ -33,12 +33,9 @@ def node() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def connected(node: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    for name, value in node.environment.items():
-        monkeypatch.setenv(name, value)
-    ray_runner.start()
-    yield node
-    ray_runner.stop()
+def connected(node: Cluster) -> Iterator[Cluster]:
+    with connect(node):
+        yield node
 
 
 def make_stage(sick: tuple[str, ...]) -> Any:
