@@ -197,6 +197,8 @@ def _print_summary(summary: Any) -> None:
     ]
     rows += [(f"images: {status}", count) for status, count in summary.images.items()]
     rows += [(f"queries not searched: {reason}", count) for reason, count in summary.bad.items()]
+    if summary.placement_reason:
+        rows.append(("shards", f"{summary.placement}: {summary.placement_reason}"))
     rows.append(("blocks (finished earlier)", f"{summary.blocks} ({summary.skipped_blocks})"))
     if summary.threshold is not None:
         rows.append((f"identified (within {summary.threshold:.4f})", summary.identified))

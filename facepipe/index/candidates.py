@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from facepipe.index.grid import round_to_grid
+from facepipe.index.rounds import NO_ID
 from facepipe.nearest.faiss_engine import faiss
 from facepipe.types import Bool, Float32, Int64
 
 _TIE = 1e-6  # two computations of one distance may differ by this if codes are not integers
-# Sorts behind every face id.
-NO_ID = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
@@ -27,11 +26,55 @@ class SearchCandidates:
     complete: Bool
 
 
-class _ShardResult(NamedTuple):
-    """What one shard returns: distances (n, count) and ids (n, count), -1 behind the last one."""
+class ListChoice(NamedTuple):
+    """The lists that queries visit: distances (n, nprobe) of their centroids, and their numbers (n, nprobe)."""
+
+    distances: Float32
+    lists: Int64
+
+
+class ScanResult(NamedTuple):
+    """What shards return: distances (n, w) and ids (n, w), -1 behind the last one of a shard."""
 
     distances: Float32
     ids: Int64
+
+    def keep_best(self, count: int) -> "ScanResult":
+        """Keep the `count` best per query, in any order; distances are infinite if there is no face."""
+        distances = np.where(self.ids >= 0, self.distances, np.float32(np.inf))
+        if distances.shape[1] <= count:
+            return ScanResult(distances, self.ids)
+        columns = np.argpartition(distances, count - 1, axis=1)[:, :count]
+        return ScanResult(np.take_along_axis(distances, columns, axis=1), np.take_along_axis(self.ids, columns, axis=1))
+
+
+class Cut(NamedTuple):
+    """Where the candidates of queries end.
+
+    Attributes:
+        last: Distance (n,) of the count-th best of all shards: candidates are strictly better. Infinite if all are
+            candidates.
+        complete: Whether (n,) the visited lists hold no more.
+    """
+
+    last: Float32
+    complete: Bool
+
+
+def find_cut(distances: Float32, count: int) -> Cut:
+    """Find where the best `count` candidates per query end.
+
+    Args:
+        distances: what shards return, (n, w), infinite if there is no face; w is at least `count`.
+        count: candidates per query.
+    """
+    # Fewer than `count` results: the lists hold no more, so that none has to be left out.
+    complete = np.isfinite(distances).sum(axis=1) < count
+    if distances.shape[1] > count:
+        last = np.partition(distances, count - 1, axis=1)[:, count - 1]
+    else:
+        last = distances.max(axis=1)
+    return Cut(np.where(complete, np.float32(np.inf), last), complete)
 
 
 class Scanner:
@@ -39,6 +82,7 @@ class Scanner:
 
     Attributes:
         lists: Inverted lists; 0 for an exact index.
+        tie: Distances that differ by no more than this are equal.
     """
 
     def __init__(self, indexes: list[Any], tombstones: list[Int64]):
@@ -57,7 +101,7 @@ class Scanner:
         self._chain = first if isinstance(first, faiss.IndexPreTransform) else None
         self.lists = 0 if self._inverted[0] is None else int(self._inverted[0].nlist)
         # Some codes are compared in integers, so that equal distances are exactly equal.
-        self._tie = 0.0 if "FastScan" in type(self._inverted[0]).__name__ else _TIE
+        self.tie = 0.0 if "FastScan" in type(self._inverted[0]).__name__ else _TIE
 
     def find_candidates(self, queries: Float32, count: int, nprobe: int) -> SearchCandidates:
         """Find the best `count` candidates per query.
@@ -71,19 +115,44 @@ class Scanner:
             count: candidates per query.
             nprobe: lists visited per query.
         """
-        distances, ids = self._scan(np.ascontiguousarray(queries), count, nprobe)
-        is_candidate = ids >= 0
-        # Fewer than `count` results: the lists hold no more, so that none has to be left out.
-        complete = is_candidate.sum(axis=1) < count
-        # Find the count-th best distance (n,) over all shards.
-        if ids.shape[1] > count:
-            last = np.partition(np.where(is_candidate, distances, np.inf), count - 1, axis=1)[:, count - 1]
-        else:
-            last = distances[:, -1]
-        selected = is_candidate & ((distances < (last - self._tie)[:, None]) | complete[:, None])
-        ids = np.sort(np.where(selected, ids, NO_ID), axis=1)
+        result = self.scan(np.ascontiguousarray(queries), count, self.choose_lists(queries, nprobe))
+        distances = np.where(result.ids >= 0, result.distances, np.float32(np.inf))
+        return self.select_candidates(ScanResult(distances, result.ids), find_cut(distances, count))
+
+    def select_candidates(self, result: ScanResult, cut: Cut) -> SearchCandidates:
+        """Select what is better than where the candidates end; distances are infinite if there is no face."""
+        # What is not finite is below no cut, also if that is infinite.
+        selected = result.distances < (cut.last - np.float32(self.tie))[:, None]
+        ids = np.sort(np.where(selected, result.ids, NO_ID), axis=1)
         width = max(1, int(selected.sum(axis=1).max(initial=0)))
-        return SearchCandidates(np.ascontiguousarray(ids[:, :width]), complete)
+        return SearchCandidates(np.ascontiguousarray(ids[:, :width]), cut.complete)
+
+    def choose_lists(self, queries: Float32, nprobe: int) -> ListChoice:
+        """Choose the `nprobe` lists that each query visits; none of an exact index."""
+        if not self.lists:
+            return ListChoice(np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64))
+        # Round to the grid, so that the lists of a query do not depend on the batch.
+        points = round_to_grid(self._transform(np.ascontiguousarray(queries)))
+        return ListChoice(*self._inverted[0].quantizer.search(points, min(nprobe, self.lists)))
+
+    def scan(self, queries: Float32, count: int, choice: ListChoice) -> ScanResult:
+        """Scan every shard, and put the best `count` of each side by side.
+
+        Args:
+            queries: (n, dim).
+            count: candidates per query and shard.
+            choice: lists to visit.
+        """
+        shape = (len(queries), count)
+        results = [ScanResult(np.empty(shape, np.float32), np.empty(shape, np.int64)) for _ in self._indexes]
+        if self.lists:
+            self._scan_lists(queries, choice, results)
+        else:
+            self._scan_all(queries, results)
+        if len(results) == 1:
+            return results[0]
+        distances = np.concatenate([result.distances for result in results], axis=1)
+        return ScanResult(distances, np.concatenate([result.ids for result in results], axis=1))
 
     def rank_lists(self, queries: Float32, lists: Int64) -> Int64:
         """Find after how many others a query visits a list.
@@ -115,24 +184,13 @@ class Scanner:
         lengths = [[ivf.invlists.list_size(n) for n in range(self.lists)] for ivf in self._inverted]
         return np.array(lengths, np.int64).sum(axis=0)
 
-    def _scan(self, queries: Float32, count: int, nprobe: int) -> _ShardResult:
-        """Scan every shard and put the results of the shards side by side."""
-        shape = (len(queries), count)
-        results = [_ShardResult(np.empty(shape, np.float32), np.empty(shape, np.int64)) for _ in self._indexes]
-        if self.lists:
-            self._scan_lists(queries, min(nprobe, self.lists), results)
-        else:
-            self._scan_all(queries, results)
-        if len(results) == 1:
-            return results[0]
-        distances = np.concatenate([result.distances for result in results], axis=1)
-        return _ShardResult(distances, np.concatenate([result.ids for result in results], axis=1))
-
-    def _scan_lists(self, queries: Float32, nprobe: int, results: list[_ShardResult]) -> None:
-        """Choose the lists once and scan them in every shard; fills the results."""
-        # Round to the grid, so that the lists of a query do not depend on the batch.
+    def _scan_lists(self, queries: Float32, choice: ListChoice, results: list[ScanResult]) -> None:
+        """Scan the chosen lists in every shard; fills the results."""
         points = round_to_grid(self._transform(queries))
-        distances, lists = self._inverted[0].quantizer.search(points, nprobe)
+        # The copies must live until faiss has returned: it gets bare pointers.
+        distances = np.ascontiguousarray(choice.distances, np.float32)
+        lists = np.ascontiguousarray(choice.lists, np.int64)
+        nprobe = lists.shape[1]
         for ivf, selector, result in zip(self._inverted, self._selectors, results, strict=True):
             parameters = faiss.SearchParametersIVF(nprobe=nprobe, sel=selector)
             ivf.search_preassigned_c(
@@ -147,7 +205,7 @@ class Scanner:
                 parameters,
             )
 
-    def _scan_all(self, queries: Float32, results: list[_ShardResult]) -> None:
+    def _scan_all(self, queries: Float32, results: list[ScanResult]) -> None:
         for index, selector, result in zip(self._indexes, self._selectors, results, strict=True):
             parameters = faiss.SearchParameters(sel=selector)
             index.search(queries, result.ids.shape[1], D=result.distances, I=result.ids, params=parameters)

@@ -1,12 +1,14 @@
 """Exact search by scanning every vector: the reference for recall, and the faster way for few vectors or on a GPU."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
-from facepipe.index.search import Answer, Index
+from facepipe.index.rounds import Answer
+from facepipe.index.shard import Shard
+from facepipe.index.shard_set import HasShards
 from facepipe.nearest.distances import Hits, VectorBlock, compute_pair_distances
 from facepipe.nearest.faiss_engine import faiss
 from facepipe.types import Bool, Float32, Int64
@@ -19,10 +21,15 @@ _ROUNDING = 1e-5  # of a cosine in single precision
 _SPARE = 22  # neighbours beyond k that are re-scored, because matrix products round
 
 
-def read_live_blocks(index: Index, rows: int = _BLOCK_ROWS) -> Iterator[VectorBlock]:
+def read_live_blocks(index: HasShards, rows: int = _BLOCK_ROWS) -> Iterator[VectorBlock]:
     """Read all vectors that a search can return, from the side files; memory is that of one block."""
     index.follow_erasures()
-    for shard in index.shards:
+    yield from read_shard_blocks(index.shards, rows)
+
+
+def read_shard_blocks(shards: Sequence[Shard], rows: int = _BLOCK_ROWS) -> Iterator[VectorBlock]:
+    """Read all vectors of shards that a search can return; memory is that of one block."""
+    for shard in shards:
         live = shard.find_live_rows()
         ids = shard.read_ids_by_row()
         for at in range(0, len(ids), rows):
@@ -49,18 +56,28 @@ def search_exactly(queries: Float32, blocks: Iterable[VectorBlock], k: int, devi
     Returns:
         Hits (n, k) with Euclidean distances.
     """
-    queries = np.ascontiguousarray(queries, np.float32)
-    hits = _scan_on_cpu(queries, blocks, k) if device == "cpu" else _scan_on_device(queries, blocks, k, device)
+    hits = _find_squared(queries, blocks, k, device)
     return Hits(hits.ids, np.sqrt(hits.distances))
 
 
-def scan_index(index: Index, queries: Float32, k: int, device: str = "cpu") -> Hits:
-    """Search exactly among all that an index can return, in blocks of a size that suits the device."""
+def find_exact(queries: Float32, shards: Sequence[Shard], k: int, device: str = "cpu") -> Hits:
+    """Find the k nearest vectors of shards in blocks of a size that suits the device; their distances are squared."""
     block_rows = _BLOCK_ROWS if device == "cpu" else _DEVICE_BLOCK_ROWS
-    return search_exactly(queries, read_live_blocks(index, block_rows), k, device)
+    return _find_squared(queries, read_shard_blocks(shards, block_rows), k, device)
 
 
-def scan_within(index: Index, queries: Float32, radius: float, max_faces: int = 100_000) -> list[Answer]:
+def _find_squared(queries: Float32, blocks: Iterable[VectorBlock], k: int, device: str) -> Hits:
+    queries = np.ascontiguousarray(queries, np.float32)
+    return _scan_on_cpu(queries, blocks, k) if device == "cpu" else _scan_on_device(queries, blocks, k, device)
+
+
+def scan_index(index: HasShards, queries: Float32, k: int, device: str = "cpu") -> Hits:
+    """Search exactly among all that an index can return."""
+    index.follow_erasures()
+    return index.shard_set.scan_nearest(queries, k, device)
+
+
+def scan_within(index: HasShards, queries: Float32, radius: float, max_faces: int = 100_000) -> list[Answer]:
     """Find all faces within a Euclidean distance of each query, by comparing with all that an index can return.
 
     Args:
@@ -72,18 +89,22 @@ def scan_within(index: Index, queries: Float32, radius: float, max_faces: int = 
     Returns:
         Per query (ids, distances), nearest first, ties by id.
     """
+    index.follow_erasures()
+    return index.shard_set.scan_within(queries, radius, max_faces)
+
+
+def find_within_exactly(queries: Float32, shards: Sequence[Shard], radius: float, max_faces: int) -> "FoundPairs":
+    """Find the faces of shards within a Euclidean distance of queries (n, dim), the nearest `max_faces` of each."""
     queries = np.ascontiguousarray(queries, np.float32)
     pairs = FoundPairs.create_empty()
     pending: list[FoundPairs] = []
-    for found in find_within(queries, read_live_blocks(index), radius):
+    for found in find_within(queries, read_shard_blocks(shards), radius):
         pending.append(found)
         # Now and then drop what is not among the nearest.
         if sum(len(part.ids) for part in pending) > _MAX_PENDING_PAIRS:
             pairs = FoundPairs.concatenate([pairs, *pending]).keep_nearest(max_faces)
             pending = []
-    pairs = FoundPairs.concatenate([pairs, *pending]).keep_nearest(max_faces)
-    begins = np.searchsorted(pairs.queries, np.arange(len(queries) + 1))
-    return [(pairs.ids[begin:end], pairs.distances[begin:end]) for begin, end in pairwise(begins)]
+    return FoundPairs.concatenate([pairs, *pending]).keep_nearest(max_faces)
 
 
 def find_within(queries: Float32, blocks: Iterable[VectorBlock], radius: float) -> "Iterator[FoundPairs]":
@@ -139,6 +160,11 @@ class FoundPairs:
         rank = np.arange(len(order)) - np.searchsorted(queries, queries)
         return self.take(order[rank < count])
 
+    def to_answers(self, queries: int) -> list[Answer]:
+        """Split pairs that are sorted by query into (ids, distances) per query."""
+        begins = np.searchsorted(self.queries, np.arange(queries + 1))
+        return [(self.ids[begin:end], self.distances[begin:end]) for begin, end in pairwise(begins)]
+
 
 def _scan_on_cpu(queries: Float32, blocks: Iterable[VectorBlock], k: int) -> Hits:
     hits = Hits.create_empty(len(queries), k)
@@ -151,7 +177,7 @@ def _scan_on_cpu(queries: Float32, blocks: Iterable[VectorBlock], k: int) -> Hit
         rows = faiss.knn(queries, vectors, count)[1]
         query_rows = np.repeat(np.arange(len(queries)), count)
         distances = compute_pair_distances(queries, query_rows, vectors, rows.ravel())
-        hits = _merge_hits(hits, Hits(block.ids[rows], distances.reshape(len(queries), count)), k)
+        hits = merge_hits(hits, Hits(block.ids[rows], distances.reshape(len(queries), count)), k)
     return hits
 
 
@@ -161,7 +187,7 @@ def _scan_on_device(queries: Float32, blocks: Iterable[VectorBlock], k: int, dev
     return find_neighbours(queries, blocks, k, device)
 
 
-def _merge_hits(left: Hits, right: Hits, k: int) -> Hits:
+def merge_hits(left: Hits, right: Hits, k: int) -> Hits:
     """Merge the hits of the same queries and keep the k nearest."""
     ids = np.concatenate([left.ids, right.ids], axis=1)
     distances = np.concatenate([left.distances, right.distances], axis=1)

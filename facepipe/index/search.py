@@ -2,10 +2,8 @@
 
 import os
 import threading
-from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -17,41 +15,20 @@ from facepipe.deprecation import warn_renamed
 from facepipe.errors import ConfigError, IndexingError
 from facepipe.gallery.hidden import HiddenImages, HiddenWatch, list_complete
 from facepipe.index import manifest as manifests
-from facepipe.index.candidates import NO_ID, Scanner
-from facepipe.index.manifest import CURVE_K, INDEX, Manifest
-from facepipe.index.shard import Shard, merge_indexes
-from facepipe.index.update import find_unreturned
-from facepipe.nearest.distances import Hits, compute_pair_distances, find_smallest
-from facepipe.nearest.faiss_engine import faiss
+from facepipe.index.manifest import CURVE_K, Manifest
+from facepipe.index.open_shards import OpenShards
+from facepipe.index.rounds import Answer, SearchSetting
+from facepipe.index.shard import Shard
+from facepipe.index.shard_set import ShardSet
+from facepipe.nearest.distances import Hits
 from facepipe.types import Float32, Int64
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_QUERIES_PER_CHUNK = 1024  # per thread: enough to share the reading of a list, small enough for the cache
-_MAX_CANDIDATES_IN_MEMORY = 1 << 24  # per thread
-_GROWTH = 4  # of lists and candidates, for queries that need more
-# Shards are merged in memory only if their index files have at most this size.
-_MAX_MERGED_BYTES = 2 << 30
-_MIN_RADIUS_CANDIDATES = 64
 _MAX_REOPENINGS = 5
-_MIN_QUERIES_FOR_THREADS = 16  # fewer are spread over threads by faiss itself
 
-Answer = tuple[Int64, Float32]
-Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class SearchSetting:
-    """How hard to search.
-
-    Attributes:
-        nprobe: Lists visited per query.
-        rescore: Candidates re-scored exactly per query.
-    """
-
-    nprobe: int
-    rescore: int
+__all__ = ["Answer", "Index", "SearchSetting"]
 
 
 class Index:
@@ -73,9 +50,8 @@ class Index:
     Attributes:
         gallery: Path or URL.
         manifest: What the index consists of.
-        shards: Newest first.
+        shard_set: Its shards, wherever they are open.
         setting: How hard to search for ten neighbours by default.
-        live: Vectors that a search can return.
     """
 
     def __init__(
@@ -88,6 +64,7 @@ class Index:
         *,
         known_erasures: Collection[str] | None = None,
         with_ignored: bool = False,
+        open_elsewhere: Callable[[Manifest], ShardSet] | None = None,
     ):
         """Open an index.
 
@@ -101,6 +78,7 @@ class Index:
                 manifest may have taken its place since; what was erased meanwhile is not returned.
             with_ignored: return all faces with the labels of their source, whatever people have decided. Only what
                 maintains or measures the index needs them.
+            open_elsewhere: opens the shards of a manifest in other processes; by default they are opened in this one.
 
         Raises:
             IndexingError: there is no index, or a file of it is damaged.
@@ -109,18 +87,17 @@ class Index:
         self.gallery = gallery
         self.threads = threads or len(os.sched_getaffinity(0))
         self.manifest = manifest or manifests.load(gallery)
+        self._merge = merge
+        self._open_elsewhere = open_elsewhere
         try:
-            self.shards = self._open_shards()
+            self.shard_set: ShardSet = self._open_shards(self.manifest)
         except IndexingError:
             if manifest or manifests.load(gallery) == self.manifest:
                 raise
             self.manifest = manifests.load(gallery)  # it was replaced between the two reads
-            self.shards = self._open_shards()
+            self.shard_set = self._open_shards(self.manifest)
         self._recall = recall
         self.setting = SearchSetting(*self.manifest.choose_setting(recall))
-        self.live = self.manifest.live
-        self._is_merged = merge and self._is_mergeable()
-        self._indexes = self._open_indexes() if self.shards else []
         # What was erased since the index was written, or is being erased.
         self._watch = HiddenWatch(gallery)
         self._hidden: HiddenImages | None = None
@@ -129,7 +106,6 @@ class Index:
         self._excluded = self._decided.ignored
         self._guard = threading.Lock()
         self._compared = self.manifest
-        self._scanner = self._create_scanner()
         self.follow_erasures()
         if known_erasures is not None:
             self._follow_erasures_since(known_erasures)
@@ -137,29 +113,28 @@ class Index:
             self._watch.freeze()  # one that is not published cannot be compared with the published one
 
     def __repr__(self) -> str:
-        return f"Index({self.gallery!r}, {self.live} faces in {len(self.shards)} shards)"
+        return f"Index({self.gallery!r}, {self.live} faces in {len(self.manifest.shards)} shards)"
 
-    def _open_shards(self) -> list[Shard]:
-        # Newest first: of an id that was tombstoned and added again, the newer label counts.
+    def _open_shards(self, manifest: Manifest) -> ShardSet:
+        if self._open_elsewhere is not None:
+            return self._open_elsewhere(manifest)
         store = manifests.open_index_store(self.gallery)
-        return [Shard(store, entry) for entry in reversed(self.manifest.shards)]
+        return OpenShards(store, manifest.shards, self.threads, merge=self._merge)
 
-    def _is_mergeable(self) -> bool:
-        size = sum(shard.entry.files[INDEX].bytes for shard in self.shards)
-        return len(self.shards) > 1 and size <= _MAX_MERGED_BYTES
+    def _require_open(self) -> OpenShards:
+        if not isinstance(self.shard_set, OpenShards):
+            raise ConfigError(f"the shards of the index of {self.gallery!r} are open in other processes: open it here")
+        return self.shard_set
 
-    def _open_indexes(self) -> list[Any]:
-        if self._is_merged:
-            return [merge_indexes(self.shards)]
-        return [shard.open_index() for shard in self.shards]
+    @property
+    def live(self) -> int:
+        """Vectors that a search can return."""
+        return self.shard_set.live
 
-    def _create_scanner(self) -> Scanner | None:
-        if not self._indexes:
-            return None
-        # A merged index holds no vector with a tombstone, and others are excluded like those.
-        return Scanner(
-            self._indexes, [self._excluded] if self._is_merged else [shard.tombstones for shard in self.shards]
-        )
+    @property
+    def shards(self) -> list[Shard]:
+        """The shards that are open in this process, newest first."""
+        return self._require_open().shards
 
     def freeze(self) -> None:
         """Return the same faces from now on, even if an erasure is recorded meanwhile."""
@@ -198,31 +173,24 @@ class Index:
             current = manifests.load(self.gallery)
             if current == self._compared:
                 break
-            store = manifests.open_index_store(self.gallery)
             try:
-                if current.created != self.manifest.created:
+                if current.created != self.manifest.created or self._open_elsewhere is not None:
                     # Another index took its place. This one goes on, so that a long search has one index to its end.
-                    removed = find_unreturned(store, self.shards, current)
+                    removed = self.shard_set.find_unreturned(self.manifest, current)
                     self._compared = current
                     return removed
-                shards = [Shard(store, entry) for entry in reversed(current.shards)]
+                shards = self._open_shards(current)
             except IndexingError:
                 continue  # it was replaced between the two reads
             self.manifest = current
             self._compared = current
-            self.shards = shards
-            self._indexes = self._open_indexes() if shards else []
-            self.live = current.live
-            self._scanner = self._create_scanner()
+            self.shard_set = shards
         return np.empty(0, np.int64)
 
     def _exclude(self, ids: Int64) -> None:
         """Return some faces no more."""
         self._excluded = ids
-        if not len(ids) or not self.shards:
-            return
-        self.live -= sum(shard.hide(ids) for shard in self.shards)
-        self._scanner = self._create_scanner()
+        self.shard_set.hide(ids)
 
     @property
     def dim(self) -> int:
@@ -232,11 +200,12 @@ class Index:
     @property
     def lists(self) -> int:
         """Inverted lists; 0 for an exact index."""
-        return self._scanner.lists if self._scanner else 0
+        return self.shard_set.lists
 
     def count_per_list(self) -> Int64:
         """Count the vectors in each inverted list."""
-        return self._scanner.count_per_list() if self._scanner else np.zeros(1, np.int64)
+        scanner = self._require_open().scanner
+        return scanner.count_per_list() if scanner else np.zeros(1, np.int64)
 
     def choose_setting(self, *, k: int = CURVE_K, radius: float | None = None) -> SearchSetting:
         """Choose the cheapest setting that reaches the index's recall for k neighbours, or within a radius."""
@@ -257,11 +226,12 @@ class Index:
         Returns:
             Ranks (n, w) from 0; the number of lists for -1.
         """
-        if self._scanner is None:
+        scanner = self._require_open().scanner
+        if scanner is None:
             return np.zeros(ids.shape, np.int64)
         unique, inverse = np.unique(ids, return_inverse=True)
-        lists = self._scanner.assign_lists(self.get_vectors(unique))[inverse.reshape(ids.shape)]
-        return np.where(ids >= 0, self._scanner.rank_lists(queries, lists), self.lists)
+        lists = scanner.assign_lists(self.get_vectors(unique))[inverse.reshape(ids.shape)]
+        return np.where(ids >= 0, scanner.rank_lists(queries, lists), self.lists)
 
     def search(self, queries: Float32, k: int = 10, setting: SearchSetting | None = None) -> Hits:
         """Find the k nearest faces of each query; fewer only if the gallery holds fewer.
@@ -282,11 +252,7 @@ class Index:
         if k < 1:
             raise ConfigError(f"k must be at least 1, got {k}")
         chosen = setting or self.choose_setting(k=k)
-        k = min(k, max(1, self.live))
-        parts = self._map_chunks(queries, lambda chunk: self._find_nearest(chunk, k, chosen), max(chosen.rescore, k))
-        if not parts:
-            return Hits.create_empty(0, k)
-        return Hits(np.concatenate([part.ids for part in parts]), np.concatenate([part.distances for part in parts]))
+        return self.shard_set.find_nearest(queries, min(k, max(1, self.live)), chosen)
 
     def search_within(
         self, queries: Float32, radius: float, max_faces: int = 100_000, setting: SearchSetting | None = None
@@ -308,10 +274,7 @@ class Index:
         queries = self._check_queries(queries)
         self.follow_erasures()
         chosen = setting or self.choose_setting(radius=radius)
-        parts = self._map_chunks(
-            queries, lambda chunk: self._find_within(chunk, radius, max_faces, chosen), chosen.rescore
-        )
-        return [answer for part in parts for answer in part]
+        return self.shard_set.find_within(queries, radius, max_faces, chosen)
 
     def get_labels(self, ids: Int64) -> pa.Table:
         """Return uri and identity of face ids (n,), in their order; null for -1 and for faces that are erased.
@@ -320,15 +283,7 @@ class Index:
         whose cluster the face is.
         """
         self.follow_erasures()
-        # Stack the labels of all shards below a null row, then take them in the order of ids.
-        tables = [pa.table({"uri": pa.nulls(1, pa.string()), "identity": pa.nulls(1, pa.string())})]
-        table_rows = np.zeros(len(ids), np.int64)  # row 0 is the null row
-        count = 1
-        for shard, (positions, rows) in zip(self.shards, self._locate(ids), strict=True):
-            table_rows[positions] = count + np.arange(len(positions))
-            tables.append(shard.read_labels(rows))
-            count += len(positions)
-        labels = pa.concat_tables(tables).take(pa.array(table_rows))
+        labels = self.shard_set.read_labels(ids)
         named = pc.coalesce(self._decided.name_faces(ids, labels["identity"]), self._named.find_names(ids))
         labels = labels.set_column(labels.schema.get_field_index("identity"), "identity", named)
         # The index may be behind the table, and then holds faces of earlier contents of an image under other ids.
@@ -360,9 +315,7 @@ class Index:
     def get_vectors(self, ids: Int64) -> Float32:
         """Return the vectors (n, dim) of face ids (n,); zeros for ids that the index does not hold, or has erased."""
         self.follow_erasures()
-        vectors = np.zeros((len(ids), self.dim), np.float32)
-        for shard, (positions, rows) in zip(self.shards, self._locate(ids), strict=True):
-            vectors[positions] = shard.vectors[rows]
+        vectors = self.shard_set.read_vectors(ids, self.dim)
         vectors[np.isin(ids, self._excluded)] = 0
         return vectors
 
@@ -388,91 +341,6 @@ class Index:
         warn_renamed("Index.list_lengths", "Index.count_per_list")
         return self.count_per_list()
 
-    def _map_chunks(self, queries: Float32, search: Callable[[Float32], Result], width: int) -> list[Result]:
-        """Search chunks of the queries in threads; `width` is the number of candidates per query and shard."""
-        if not len(queries):
-            return []
-        if self._scanner is None:
-            return [search(queries)]
-        if len(queries) < _MIN_QUERIES_FOR_THREADS:
-            faiss.omp_set_num_threads(self.threads)
-            return [search(queries)]
-        # Chunks are small enough that every thread has one, and that their candidates fit the memory.
-        size = min(
-            _QUERIES_PER_CHUNK,
-            -(-len(queries) // self.threads),
-            _MAX_CANDIDATES_IN_MEMORY // (width * len(self.shards)),
-        )
-        size = max(1, size)
-        # Each thread searches with a single thread of its own: more would compete for the cores.
-        chunks = (queries[at : at + size] for at in range(0, len(queries), size))
-        with ThreadPoolExecutor(self.threads, initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(search, chunks))
-
-    def _find_nearest(self, queries: Float32, k: int, setting: SearchSetting) -> Hits:
-        """Find the k nearest. Queries with too few candidates are repeated with more lists and more candidates."""
-        hits = Hits.create_empty(len(queries), k)
-        pending = np.arange(len(queries))
-        nprobe = setting.nprobe
-        count = max(setting.rescore, min(2 * k, self.live))
-        while pending.size and self._scanner is not None:
-            # Those tied with the last are left out: a few more are requested, so that the rest are as many as meant.
-            requested = min(count + max(2, count // 50), self.live + 1)
-            candidates = self._scanner.find_candidates(queries[pending], requested, nprobe)
-            # Compute the exact distances (p, w) and keep the k nearest.
-            squared = self._compute_distances(queries[pending], candidates.ids)
-            order = find_smallest(squared, k)  # candidates are sorted by id: ties come by id
-            width = order.shape[1]
-            hits.ids[pending, :width] = np.take_along_axis(candidates.ids, order, axis=1)
-            hits.distances[pending, :width] = np.take_along_axis(squared, order, axis=1)
-            # Search again for queries with fewer than k candidates, unless all lists were visited and hold no more.
-            has_enough = (candidates.ids != NO_ID).sum(axis=1) >= k
-            is_exhausted = candidates.complete & (nprobe >= self._scanner.lists)
-            pending = pending[~(has_enough | is_exhausted)]
-            count *= _GROWTH
-            nprobe *= _GROWTH
-        hits.ids[~np.isfinite(hits.distances)] = -1
-        return Hits(hits.ids, np.sqrt(hits.distances))
-
-    def _find_within(self, queries: Float32, radius: float, max_faces: int, setting: SearchSetting) -> list[Answer]:
-        """Find the faces within a radius, with more and more candidates until they reach well beyond it."""
-        answers: list[Answer] = [(np.empty(0, np.int64), np.empty(0, np.float32))] * len(queries)
-        pending = np.arange(len(queries))
-        count = max(setting.rescore, _MIN_RADIUS_CANDIDATES)
-        while pending.size and self._scanner is not None:
-            requested = min(count, self.live + 1)
-            # Few queries at a time if each has many candidates.
-            size = max(1, _MAX_CANDIDATES_IN_MEMORY // (requested * len(self.shards)))
-            unfinished = [np.empty(0, np.int64)]
-            for at in range(0, len(pending), size):
-                part = pending[at : at + size]
-                candidates = self._scanner.find_candidates(queries[part], requested, setting.nprobe)
-                distances = np.sqrt(self._compute_distances(queries[part], candidates.ids))
-                inside = distances <= radius
-                # Each round has more candidates, so that its answers replace the earlier ones.
-                for n, query in enumerate(part):
-                    order = np.argsort(distances[n, inside[n]], kind="stable")[:max_faces]
-                    answers[query] = (candidates.ids[n, inside[n]][order], distances[n, inside[n]][order])
-                # Stop once candidates are several times the faces inside: those not seen then lie outside.
-                reaches_beyond = inside.sum(axis=1) * _GROWTH <= (candidates.ids != NO_ID).sum(axis=1)
-                has_enough = inside.sum(axis=1) >= max_faces
-                unfinished.append(part[~(reaches_beyond | candidates.complete | has_enough)])
-            pending = np.concatenate(unfinished)
-            count *= _GROWTH
-        return answers
-
-    def _compute_distances(self, queries: Float32, ids: Int64) -> Float32:
-        """Compute squared distances (n, w) of queries to candidates (n, w); infinite for `NO_ID`."""
-        distances = np.full(ids.shape, np.inf, np.float32)
-        # Compute only the pairs (m,) that exist, shard by shard, and put them back into (n, w).
-        query_rows, columns = np.nonzero(ids != NO_ID)
-        flat_ids = ids[query_rows, columns]
-        for shard, (positions, rows) in zip(self.shards, self._locate(flat_ids), strict=True):
-            distances[query_rows[positions], columns[positions]] = compute_pair_distances(
-                queries, query_rows[positions], shard.vectors, rows
-            )
-        return distances
-
     def _check_queries(self, queries: Float32) -> Float32:
         if queries.ndim != 2 or queries.shape[1] != self.dim:
             raise ConfigError(f"queries are (n, {self.dim}) vectors, got an array of shape {queries.shape}")
@@ -481,11 +349,3 @@ class Index:
         if not np.all(np.abs(norms - 1) < 1e-2):  # also if they are NaN
             raise ConfigError("queries must be finite vectors of unit norm: divide each by its norm")
         return queries
-
-    def _locate(self, ids: Int64) -> Iterator[tuple[Int64, Int64]]:
-        """Yield for each shard the positions in `ids` of those that it holds and no newer one does, and their rows."""
-        pending = np.arange(len(ids))
-        for shard in self.shards:
-            in_shard, rows = shard.find_rows(ids[pending])
-            yield pending[in_shard], rows[in_shard]
-            pending = pending[~in_shard]

@@ -375,12 +375,7 @@ class Shard:
         """Read uri and identity of rows, in their order."""
         if not len(rows):
             return _LABELS.empty_table()
-        if self._labels is None:
-            path = self._require(LABELS)
-            try:
-                self._labels = pa.ipc.open_file(pa.memory_map(path))
-            except (OSError, pa.ArrowException) as error:
-                raise _make_damage_error(path, error) from error
+        self._open_labels()
         # Take the rows batch by batch, then restore their order.
         order = np.argsort(rows, kind="stable")
         ordered_rows = rows[order]
@@ -396,6 +391,19 @@ class Shard:
         back = np.empty(len(rows), np.int64)
         back[order] = np.arange(len(rows))
         return pa.concat_tables(parts).take(pa.array(back))
+
+    def _open_labels(self) -> None:
+        if self._labels is None:
+            path = self._require(LABELS)
+            try:
+                self._labels = pa.ipc.open_file(pa.memory_map(path))
+            except (OSError, pa.ArrowException) as error:
+                raise _make_damage_error(path, error) from error
+
+    def open_files(self) -> None:
+        """Open all files now, and fetch them into a mirror. Those that are open can be read if others delete them."""
+        self._open_labels()
+        self.vectors  # noqa: B018  # a cached property
 
     def hide(self, ids: Int64) -> int:
         """Return some faces no more, as if they had tombstones. Nothing is written.

@@ -222,17 +222,20 @@ def read_live_ids(shards: Sequence[Shard]) -> Iterator[Int64]:
             yield ids[~np.isin(ids, shard.tombstones)] if shard.tombstones.size else ids
 
 
-def find_unreturned(store: Store, shards: Sequence[Shard], manifest: Manifest) -> Int64:
+def find_unreturned(store: Store, shards: Sequence[Shard], before: Manifest, now: Manifest) -> Int64:
     """Find the ids that some open shards return, and the index of a newer manifest does not.
 
     Args:
         store: of the index.
-        shards: open shards of an older manifest.
-        manifest: the newer one.
+        shards: open shards of the older manifest, or some of them.
+        before: the older manifest.
+        now: the newer one.
     """
-    entries = {entry.name: entry for entry in manifest.shards}
-    open_names = {shard.entry.name for shard in shards}
-    replacements = [Shard(store, entry) for entry in manifest.shards if entry.name not in open_names]
+    entries = {entry.name: entry for entry in now.shards}
+    # Faces of a shard that was replaced are in none that was there before. If none was, nothing more is opened.
+    known_names = {entry.name for entry in before.shards}
+    is_replaced = any(shard.entry.name not in entries for shard in shards)
+    replacements = [Shard(store, entry) for entry in now.shards if is_replaced and entry.name not in known_names]
     parts = [np.empty(0, np.int64)]
     for shard in shards:
         entry = entries.get(shard.entry.name)

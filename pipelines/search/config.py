@@ -18,12 +18,17 @@ class SearchRunConfig:
         cpus: CPUs per Ray task.
         device: Device that compares queries with every vector, if that is done: auto (a GPU if there is one and it
             pays), cpu, cuda or cuda:N. All vectors are sent to a GPU once per block, so that larger blocks pay there.
+        placement: Where shards are opened on Ray: copies (every worker opens all), owners (each shard is opened once in
+            the cluster, by one of its owners), or auto: by the shards' bytes, the nodes' memory and the queries.
+        owners: Owners of shards; by default one per node.
     """
 
     runner: Literal["auto", "inline", "ray"] = "auto"
     block: Count = 20_000
     cpus: Count = 2
     device: str = "auto"
+    placement: Literal["auto", "copies", "owners"] = "auto"
+    owners: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,8 @@ class SearchSummary:
         recall_at_10: The same, if up to ten neighbours are asked for.
         threshold: Maximum distance of a match.
         notes: What a user may want to know of how the queries were read, and of the index.
+        placement: Where the shards were opened: copies or owners.
+        placement_reason: Why there; empty if nothing was to be chosen.
         lacking: Faces of the gallery that the index lacks, and the search could not find.
         seconds: Wall clock.
         out: Path of the results.
@@ -86,6 +93,8 @@ class SearchSummary:
     recall_at_10: float | None = None
     threshold: float | None = None
     notes: tuple[str, ...] = ()
+    placement: str = "copies"
+    placement_reason: str = ""
     lacking: int = 0
     seconds: float = 0.0
     out: str = ""

@@ -3,10 +3,10 @@
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +20,7 @@ from facepipe.index.answers import ANSWERS, OLD_NAMES, SearchCounts, SearchOptio
 from facepipe.index.manifest import Manifest
 from facepipe.index.queries import QueryBlock, QuerySource, read_block
 from facepipe.index.search import Index
+from facepipe.index.shard_set import ShardSet
 from facepipe.sources.parquet import list_parquet_files
 from facepipe.storage import (
     describe_error,
@@ -228,11 +229,23 @@ def get_queries_folder(work: str) -> str:
 def search_block(task: SearchTask) -> SearchCounts:
     """Search a block of queries and write its part, which appears when it is complete."""
     try:
-        table, counts = _answer_block(task)
+        return _search_opened(task)
     except IndexReplacedError:
         # Faces were erased meanwhile: the same index without them is there, unless its files are deleted.
         _open_index.cache_clear()
-        table, counts = _answer_block(task)
+        return _search_opened(task)
+
+
+def _search_opened(task: SearchTask) -> SearchCounts:
+    index = _open_index(task.job.gallery, task.work, task.job.created, task.job.find.recall, task.threads)
+    return answer_and_write(index, task)
+
+
+def answer_and_write(index: Index, task: SearchTask) -> SearchCounts:
+    """Search a block of queries in an open index and write its part, which appears when it is complete."""
+    # A search of lists needs no device.
+    device = task.device if task.job.path == "scan" else None
+    table, counts = answer_queries(index, read_block(task.block, index.dim), task.job.find, device)
     # The part and its counts become visible together, by one rename.
     table = table.replace_schema_metadata({_COUNTS: json.dumps(asdict(counts))})
     path = _get_part_path(task.work, task.block.number)
@@ -240,13 +253,6 @@ def search_block(task: SearchTask) -> SearchCounts:
     with replace_file(path, sync=True, unique=True) as unfinished:
         pq.write_table(table, unfinished, compression="zstd")
     return counts
-
-
-def _answer_block(task: SearchTask) -> tuple[pa.Table, SearchCounts]:
-    index = _open_index(task.job.gallery, task.work, task.job.created, task.job.find.recall, task.threads)
-    # A search of lists needs no device.
-    device = task.device if task.job.path == "scan" else None
-    return answer_queries(index, read_block(task.block, index.dim), task.job.find, device)
 
 
 def deliver(work: str, out: str, blocks: int) -> None:
@@ -312,7 +318,13 @@ class PinnedIndex:
         return cls(manifests.load(gallery), erasures)
 
     def open(
-        self, gallery: str, recall: float | None = None, threads: int | None = None, *, merge: bool = True
+        self,
+        gallery: str,
+        recall: float | None = None,
+        threads: int | None = None,
+        *,
+        merge: bool = True,
+        open_elsewhere: Callable[[Manifest], ShardSet] | None = None,
     ) -> Index:
         """Open the index.
 
@@ -321,17 +333,19 @@ class PinnedIndex:
             recall: recall@10 to search with; by default the one that it was built for.
             threads: by default one per CPU.
             merge: join its shards in memory, which pays for many queries.
+            open_elsewhere: opens the shards in other processes; by default they are opened in this one.
 
         Raises:
             IndexReplacedError: its files are deleted.
         """
+        open_pinned = partial(Index, gallery, recall, threads, merge, open_elsewhere=open_elsewhere)
         try:
-            return Index(gallery, recall, threads, merge, self.manifest, known_erasures=self.erasures)
+            return open_pinned(self.manifest, known_erasures=self.erasures)
         except IndexReplacedError:
             # An erasure rewrites shards. What it leaves is the same index, without the erased faces.
             current = PinnedIndex.from_published(gallery)
             if current.manifest.created == self.manifest.created:
-                return Index(gallery, recall, threads, merge, current.manifest, known_erasures=current.erasures)
+                return open_pinned(current.manifest, known_erasures=current.erasures)
             raise IndexReplacedError(
                 f"the index of {gallery!r} with which this search began is deleted: run the same command again, which "
                 "searches the newest one from the beginning"

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 
-from facepipe.errors import IndexReplacedError, SourceError
+from facepipe.errors import ConfigError, IndexReplacedError, SourceError
 from facepipe.gallery import Contract, Gallery
 from facepipe.index import manifest as manifests
 from facepipe.index.answers import SearchCounts
 from facepipe.index.cost import ScanWork, is_device_cheaper, is_scan_cheaper
 from facepipe.index.lag import measure_lag
 from facepipe.index.manifest import Manifest
+from facepipe.index.placement import ChosenPlacement, PlacedSearch, choose_placement
 from facepipe.index.queries import QuerySource, open_queries
 from facepipe.models.runtime.device import resolve_device
 from facepipe.storage import is_remote
@@ -22,6 +23,7 @@ from pipelines.embed.queries import build_query_config
 from pipelines.runtime.run_record import record_calls
 from pipelines.runtime.runners import ray
 from pipelines.search.config import SearchConfig, SearchSummary
+from pipelines.search.owners import OwnerPool, search_on_owners
 from pipelines.search.parts import (
     PinnedIndex,
     SearchJob,
@@ -148,12 +150,18 @@ def _search_blocks(
         if job.path == "lists" or job.find.radius or is_device_useless:
             device = "cpu"
 
+        placed = _choose_placement(config, manifest, job, device=device, total=total, on_ray=on_ray)
+        summary.placement = placed.placement
+        summary.placement_reason = placed.reason
+
         prepare_folder(work, job)
         blocks = find_unfinished(source, config.run.block, work, summary)
         tasks = (SearchTask(job, block, work, threads, device) for block in blocks)
         # Tasks are generated lazily: blocks are cut while earlier ones are searched.
         results: Iterable[tuple[SearchTask, SearchCounts]] = ((task, search_block(task)) for task in tasks)
-        if on_ray:
+        if placed.placement == "owners":
+            results = search_on_owners(tasks, _make_pool(config, gallery.path, work, job))
+        elif on_ray:
             results = ray.run_tasks(search_block, tasks, config.run.cpus, gpus=int(device != "cpu"))
         for _, counts in results:
             summary.add_counts(counts)
@@ -162,6 +170,42 @@ def _search_blocks(
     finally:
         if on_ray:
             ray.stop()
+
+
+def _choose_placement(
+    config: SearchConfig, manifest: Manifest, job: SearchJob, *, device: str, total: int, on_ray: bool
+) -> ChosenPlacement:
+    """Choose whether every worker opens all shards, or each has an owner.
+
+    Raises:
+        ConfigError: owners are requested, and there is no Ray.
+    """
+    requested = config.run.placement
+    if not on_ray:
+        if requested == "owners":
+            raise ConfigError("run.placement=owners needs run.runner=ray: one process opens all shards")
+        return ChosenPlacement("copies", "")
+    if requested != "auto":
+        return ChosenPlacement(requested, f"run.placement={requested}")
+    if device != "cpu":
+        return ChosenPlacement("copies", "GPUs compare with all vectors")
+    setting = manifest.choose_target(k=job.find.k, radius=job.find.radius, recall=job.find.recall)
+    search = PlacedSearch(
+        queries=total,
+        nprobe=setting.nprobe,
+        rescore=setting.rescore,
+        worker_cpus=config.run.cpus,
+        is_remote=is_remote(job.gallery),
+    )
+    return choose_placement(manifest, ray.list_rooms(), search)
+
+
+def _make_pool(config: SearchConfig, gallery: str, work: str, job: SearchJob) -> OwnerPool:
+    """Make the owners of the index that a search is pinned to."""
+    pinned = load_pinned_index(work, gallery)
+    if pinned is None or pinned.manifest.created != job.created:
+        raise IndexReplacedError(f"{work!r} does not say which index is searched: run the same command again")
+    return OwnerPool(gallery, pinned, job.find.recall, config.run.owners)
 
 
 def _choose_index(work: str, gallery: str, plan_job: Callable[[Manifest], SearchJob]) -> tuple[Manifest, SearchJob]:

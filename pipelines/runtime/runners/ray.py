@@ -26,6 +26,7 @@ import pyarrow as pa
 from facepipe.errors import ConfigError, FacepipeError, SourceError, WorkerError
 from facepipe.gallery.commits.parts import PartRecord
 from facepipe.hashing import hash64
+from facepipe.index.placement import NodeRoom
 from facepipe.schema import conform
 from facepipe.sources.blocks import Block
 from pipelines.runtime import ray_metrics
@@ -127,7 +128,7 @@ def run(
             for row in data.iter_rows():
                 yield PartRecord.from_json(row["record"])
         except RayError as error:
-            raise _find_cause(error) or WorkerError(f"Ray failed: {_get_last_line(error)}") from error
+            raise _find_cause(error) or WorkerError(f"Ray failed: {get_last_line(error)}") from error
         on_end(data)
 
 
@@ -272,7 +273,20 @@ def run_tasks(
                 raise error.cause if isinstance(error.cause, FacepipeError) else error from None
             except RayError as error:
                 # Its worker or node failed, and so did those of the retries.
-                raise WorkerError(f"Ray failed: {_get_last_line(error)}") from error
+                raise WorkerError(f"Ray failed: {get_last_line(error)}") from error
+
+
+def list_rooms() -> list[NodeRoom]:
+    """List the nodes that have CPUs, and what they have for shards of an index."""
+    import ray
+
+    nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: str(node["NodeID"]))
+    rooms = []
+    for node in nodes:
+        resources = node["Resources"]
+        if resources.get("CPU", 0) >= 1:
+            rooms.append(NodeRoom(node["NodeID"], int(resources.get("memory", 0)), int(resources["CPU"])))
+    return rooms
 
 
 def _list_nodes() -> list[dict[str, float]]:
@@ -474,7 +488,7 @@ def _count_bytes(pieces: list[StagedImages]) -> int:
     return sum(piece.rows.nbytes for piece in pieces)
 
 
-def _get_last_line(error: BaseException) -> str:
+def get_last_line(error: BaseException) -> str:
     """Return the last line of an error's text, or its type if it has no text."""
     # The text of these errors is a traceback; its last line says what happened.
     lines = [line for line in str(error).splitlines() if line.strip()]
