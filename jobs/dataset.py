@@ -67,7 +67,12 @@ def _print_summary(summary: Any) -> None:
     rows = [("images", summary.images), ("persons", summary.persons)]
     rows += [(f"left out: {reason}", count) for reason, count in sorted(summary.left_out.items())]
     print_table("dataset", ("", ""), rows)
+    print_left_out(summary)
+    print(f"dataset: {summary.out}")
+
+
+def print_left_out(summary: Any) -> None:
+    """Name some of the images that are not in a dataset."""
     for reason, uris in sorted(summary.examples.items()):
         for uri in uris:
             print(f"left out, {reason}: {uri}")
-    print(f"dataset: {summary.out}")

@@ -45,7 +45,7 @@ def info(
 ) -> None:
     """Show what a gallery holds.
 
-    Shown are counts by status, model contract, size, last runs, and why images failed.
+    Shown are counts by status, model contract, size, last runs, why images failed, and how far a migration is.
 
     For example:
 
@@ -63,6 +63,7 @@ def info(
         from facepipe.curation.report_folders import describe_reports
         from facepipe.decisions.listing import describe_decisions
         from facepipe.gallery import Gallery
+        from facepipe.gallery.migration import describe_migration
         from facepipe.index.lag import describe_state
         from facepipe.observe.info import describe_gallery
         from facepipe.provenance import format_date
@@ -72,6 +73,7 @@ def info(
             "index": describe_state(opened),
             "reports": describe_reports(opened),
             "decisions": describe_decisions(opened.path),
+            "migration": describe_migration(opened),
             "facepipe": facepipe.__version__,
             "now": format_date(),
         }
@@ -123,6 +125,8 @@ def _print_info(description: dict[str, Any]) -> None:
         print_table(f"why images failed{part}", ("status", "error", "images"), rows)
     if description["index"]:
         print_table("index", ("", ""), description["index"].items())
+    if description["migration"]:
+        print_table("migration under way", ("", ""), description["migration"].items())
     if description["decisions"]:
         print_table("decisions", ("", "count"), description["decisions"].items())
     if description["reports"]:

@@ -1,4 +1,7 @@
-"""finish: judge labels, find copies and what test galleries hold, and write the lists that end a cleaning."""
+"""finish: judge labels, find copies and what test galleries hold, and write the lists that end a cleaning.
+
+The images to train on can be written as a dataset as well.
+"""
 
 import json
 import os
@@ -20,10 +23,12 @@ from facepipe.curation.training_lists import (
     TrainingLists,
     write_training_lists,
 )
+from facepipe.datasets.write import DatasetFormat, DatasetSummary, require_new_folder, write_dataset
 from facepipe.decisions.mark import has_new_decisions
 from facepipe.errors import AccountingError, ConfigError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import ReadMark, find_changes
+from facepipe.sources import SourceConfig, open_source
 from facepipe.storage.atomic import publish_file
 from facepipe.storage.owned import require_own_list
 from facepipe.storage.store import open_store
@@ -36,6 +41,7 @@ from pipelines.runtime.run_record import PhaseTimer, record_calls
 from pipelines.runtime.workspace import REPORTS, locate_reports
 
 SUMMARY = "summary.json"
+DATASET = "dataset"
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ class FinishSummary(TrainingLists):
         version: version of its table.
         tests: galleries that test the network.
         out: folder of the lists.
+        dataset: what was written of the images to train on; None if no dataset was asked for.
         seconds: seconds per phase.
     """
 
@@ -71,6 +78,7 @@ class FinishSummary(TrainingLists):
     version: int = -1
     tests: tuple[str, ...] = ()
     out: str = ""
+    dataset: DatasetSummary | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -81,6 +89,7 @@ def run(
     out: str,
     tests: Sequence[str] = (),
     progress: OnProgress = lambda line: None,
+    dataset: DatasetFormat | None = None,
 ) -> FinishSummary:
     """Write the lists that end the cleaning of a dataset; every image of the gallery is in exactly one of them.
 
@@ -90,15 +99,19 @@ def run(
         out: folder or URL of the lists. Lists that an earlier run wrote there are replaced.
         tests: galleries that test the network. What they share with the gallery is rejected.
         progress: called with each line of progress.
+        dataset: format in which the images of the train list are written as well, into the folder `dataset` of `out`.
 
     Raises:
         ConfigError: if the folder holds a file of that name and of somebody else, or a test gallery is the gallery.
         GalleryError: if the gallery has no label.
         AccountingError: if an image is in no list, or the gallery changed meanwhile.
+        StorageError: if there is a dataset already, or it cannot be written.
     """
     for test in tests:
         if storage.to_absolute(test).rstrip("/") == storage.to_absolute(gallery).rstrip("/"):
             raise ConfigError(f"the test gallery {test!r} is the gallery itself: give the one that tests the network")
+    if dataset:
+        require_new_folder(storage.join(out, DATASET))
     for name, columns in COLUMNS.items():
         require_own_list(storage.join(out, name), columns)
     summary = FinishSummary(gallery=gallery, tests=tuple(tests), out=out)
@@ -132,6 +145,11 @@ def run(
         phases.end("lists")
         with open(os.path.join(folder, SUMMARY), "w", encoding="utf-8") as file:
             json.dump(asdict(summary), file, indent=2)
+    if dataset:
+        progress("writing the dataset")
+        train = open_source(SourceConfig(storage.join(out, TRAIN)))
+        summary.dataset = write_dataset(train, storage.join(out, DATASET), dataset, gallery)
+        phases.end("dataset")
     return summary
 
 

@@ -74,6 +74,7 @@ class TrainingLists:
     Attributes:
         images: images of the gallery, each of which is in exactly one list.
         train: rows of train.csv.
+        relabelled: those among them that have another identity than the source gave.
         identities: persons in train.csv.
         rejected: rows of rejected.csv, by the first words of their reason.
         review: rows of review.csv.
@@ -82,6 +83,7 @@ class TrainingLists:
 
     images: int = 0
     train: int = 0
+    relabelled: int = 0
     identities: int = 0
     rejected: dict[str, int] = field(default_factory=dict)
     review: int = 0
@@ -287,6 +289,7 @@ def _write_rows(
             name = names[place]
             writers[TRAIN].write(row["uri"], name, numbers[name], row["face_id"])
             lists.train += 1
+            lists.relabelled += row["decision"] == "relabel"
         elif fate == _TO_REVIEW:
             noise = "" if row["noise"] is None else f"{row['noise']:.4f}"
             suggested = row["suggested"] or ""

@@ -60,7 +60,7 @@ def write_dataset(source: Source, out: str, kind: DatasetFormat, gallery: str | 
         SourceError: No image has a label.
         StorageError: The folder exists, or cannot be written.
     """
-    _require_new(out)
+    require_new_folder(out)
     left_out = LeftOut()
     summary = DatasetSummary(out=out)
     is_erased = _find_erased(gallery) if gallery else _is_never_erased
@@ -88,7 +88,12 @@ def write_dataset(source: Source, out: str, kind: DatasetFormat, gallery: str | 
     return summary
 
 
-def _require_new(out: str) -> None:
+def require_new_folder(out: str) -> None:
+    """Require that a folder for a dataset is on a disk, and new or empty.
+
+    Raises:
+        StorageError: It is in an object store, or holds something.
+    """
     if is_remote(out):
         raise StorageError(f"{out!r} is in an object store: write the dataset to a disk and copy it there")
     if os.path.lexists(out) and not (os.path.isdir(out) and not os.listdir(out)):

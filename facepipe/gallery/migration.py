@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +28,7 @@ from facepipe.gallery.table import Gallery
 from facepipe.hashing import hash64_column
 from facepipe.schema import FACES, READ_ERROR
 from facepipe.storage.hashtable import HashTable
-from facepipe.storage.lease import LEASE_FILE, LEASE_GUARD
+from facepipe.storage.lease import LEASE_FILE, LEASE_GUARD, is_held
 from facepipe.types import Bool, UInt64
 
 FOLDER = "migration"
@@ -143,6 +144,34 @@ def count_pending(first: Gallery, second: Gallery) -> int:
         return sum(int(progress.find_pending(images).sum()) for images in iterate_states(first))
 
 
+def describe_migration(gallery: Gallery) -> dict[str, Any]:
+    """Describe the migration of a gallery that is under way; empty if there is none.
+
+    The images that the second gallery has are counted, not compared: the next run finds those that changed since.
+    """
+    path = locate_migration(gallery.path)
+    if not Gallery.exists(path):
+        return {}
+    second = Gallery(path)
+    images = second.counts()["images"]
+    total = gallery.counts()["images"]
+    command = f"facepipe migrate {gallery.path}"
+    if is_held(path):
+        state = "a run writes to it"
+    elif images < total:
+        state = f"stopped: `{command} --embedder {second.contract.embedder}` resumes it"
+    else:
+        state = f"waits for `{command} --switch`"
+    return {
+        "embedder": second.contract.embedder,
+        "dim": second.dim,
+        "images": images,
+        "of": total,
+        "state": state,
+        "path": path,
+    }
+
+
 def list_surplus(first: Gallery, second: Gallery) -> list[str]:
     """List the images of the second gallery that the first one has no more, or is erasing."""
     with closing(MigrationProgress(first)) as known:
@@ -242,6 +271,9 @@ def delete_leftovers(gallery: str) -> bool:
         start = len(path.rstrip("/")) + 1
         left = [entry.url for entry in storage.list_files(path) if entry.url[start:].startswith(_OWN_PREFIXES)]
         storage.delete_many(left)
+        # The lease goes with what it was for, unless another run has it by now.
+        if left and not is_held(path):
+            storage.delete(storage.join(path, LEASE_FILE))
         return bool(left)
     if not os.path.isdir(os.path.join(path, _DROPPED)) or os.path.islink(path):
         return False

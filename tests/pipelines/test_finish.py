@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import draw
@@ -16,6 +17,9 @@ from hard_faces import EASY, DlibLike, add_bystanders, make_hard_gallery
 from helpers import run_facepipe
 
 from facepipe.gallery import Contract, Gallery
+from facepipe.schema import WORK_ITEM
+from facepipe.sources import SourceConfig, open_source
+from facepipe.stages import Read
 from facepipe.text import restore_cell
 from pipelines import clean, dedup
 from pipelines.finish import FinishConfig, run
@@ -56,7 +60,7 @@ def test_every_image_of_a_gallery_is_in_one_list(made: Path, tmp_path: Path, mon
     summary = run(FinishConfig(), str(made / "g"), str(tmp_path / "out"), [str(made / "t")])
     lists = check_lists(made / "g", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["train"] == summary.train > 100
-    assert summary.other_faces == 40
+    assert (summary.other_faces, summary.relabelled) == (40, 0)
     assert not {row["identity"] for row in lists["train"]} & {
         row["identity"] for row in Gallery(str(made / "t")).to_arrow(["identity"]).to_pylist()
     }
@@ -138,3 +142,24 @@ def test_lists_in_an_object_store(photos: Path, bucket: Any, tmp_path: Path) -> 
     check_lists(photos / "g", tmp_path)
     assert run_finish(photos / "g", "s3://faces/lists/")[0] == 0, "its own lists are replaced"
     assert not Path("s3:").exists()
+
+
+def test_the_images_to_train_on_as_a_dataset(photos: Path, tmp_path: Path) -> None:
+    """One command from a gallery to records: the images of the train list, byte by byte."""
+    code, out, err = run_finish(photos / "g", tmp_path / "out", "--format", "rec")
+    assert (code, f"{tmp_path}/out/dataset" in out) == (0, True), err
+    listed = {row["path"]: row["identity"] for row in check_lists(photos / "g", tmp_path / "out")["train"]}
+    with open(tmp_path / "out" / "dataset" / "labels.csv", newline="", encoding="utf-8") as file:
+        names = {row["number"]: row["identity"] for row in csv.DictReader(file)}
+    items = list(open_source(SourceConfig(str(tmp_path / "out" / "dataset" / "train.rec"))))
+    read = Read()(pa.Table.from_pylist([{**item._asdict(), "previous": None} for item in items], WORK_ITEM))
+    written = [(names[str(item.identity)], data) for item, data in zip(items, read["bytes"].to_pylist(), strict=True)]
+    assert sorted(written) == sorted((name, Path(path).read_bytes()) for path, name in listed.items())
+    assert len(written) > 3
+    # Nothing is overwritten, and that is said before any work is done.
+    before = (tmp_path / "out" / "train.csv").stat().st_mtime_ns
+    code, _, err = run_finish(photos / "g", tmp_path / "out", "--format", "rec")
+    assert (code, "name a new folder" in err) == (1, True)
+    assert (tmp_path / "out" / "train.csv").stat().st_mtime_ns == before
+    code, _, err = run_finish(photos / "g", "s3://faces/lists/", "--format", "webdataset")
+    assert (code, "write the dataset to a disk" in err) == (1, True)

@@ -260,6 +260,138 @@ def test_the_command(folder: Path) -> None:
     assert (code, json.loads(out)["deleted"] > 0) == (0, True)
 
 
+def test_info_says_how_far_a_migration_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, stopped on the way, complete, and after the switch."""
+    gallery = folder / "g"
+
+    def read_info() -> dict[str, Any]:
+        described: dict[str, Any] = json.loads(run_facepipe("info", gallery, "--json")[1])["migration"]
+        return described
+
+    assert read_info() == {}
+    written: list[None] = []
+    real = migrate._Migration._write
+
+    def stop(self: Any, *words: Any) -> None:
+        if len(written) == 1:
+            assert read_info()["state"] == "a run writes to it"
+            raise KeyboardInterrupt
+        real(self, *words)
+        written.append(None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(migrate._Migration, "_write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            start(folder)
+    half = read_info()
+    assert (half["embedder"], half["dim"], half["of"]) == ("long", DIM, 60)
+    assert 0 < half["images"] < 60
+    assert "--embedder long` resumes it" in half["state"]
+    code, out, _ = run_facepipe("info", gallery)
+    assert (code, "migration under way" in out) == (0, True)
+    start(folder)
+    assert read_info()["images"] == 60
+    assert "--switch`" in read_info()["state"]
+    migrate.switch(str(gallery))
+    assert read_info() == {}
+
+
+def test_a_night_while_a_migration_is_under_way(folder: Path, made: Path) -> None:
+    """New images are waited for, photos that left do not come back by the switch, nor does who was erased."""
+    inbox = folder / "inbox"
+    shutil.copytree(made / "photos", inbox)
+    (folder / "night.toml").write_text(
+        f'''gallery = "{folder / "n"}"
+[[source]]
+uri = "{inbox}"
+name = "inbox"
+identity = "folder"
+missing = "erase"
+[night]
+missing_at_most = 0.5
+[detect]
+model = "fake-detector"
+[embed]
+model = "{FAKE}"
+[run]
+runner = "inline"
+'''
+    )
+    gallery = folder / "n"
+    assert run_facepipe("nightly", folder / "night.toml", "--quiet")[0] == 0
+    migrate.run(build(MigrateConfig, {"embedder": str(folder / "long.toml")}), str(gallery))
+    # The next night a photo is gone, one is new, and a person is erased.
+    gone = min((inbox / "person1").iterdir())
+    gone.unlink()
+    cv2.imwrite(str(inbox / "person2" / "new.png"), draw(61))
+    assert run_facepipe("nightly", folder / "night.toml", "--quiet")[0] == 0
+    erase.run(Selection(identities=("person0",)), str(gallery), limit=ErasureLimit(1.0))
+    expected = rows(gallery, without=VECTOR)
+    assert str(inbox / "person2" / "new.png") in {row["uri"] for row in expected}
+    with pytest.raises(ConfigError, match=r"1 images .* came or changed"):
+        migrate.switch(str(gallery))
+    # A night by the old contract goes on until the switch, and catching up is all that is to do.
+    summary = migrate.run(build(MigrateConfig, {"embedder": str(folder / "long.toml")}), str(gallery))
+    assert summary.migrated == 1
+    migrate.switch(str(gallery))
+    assert rows(gallery, without=VECTOR) == expected
+    assert not {str(gone)} & {row["uri"] for row in expected}
+    assert "person0" not in {row["identity"] for row in expected}
+    assert is_sound(gallery)
+    # The config still names the old model: the night is refused, and nothing is mixed.
+    code, _, err = run_facepipe("nightly", folder / "night.toml", "--quiet")
+    assert (code != 0, "long" in err) == (True, True)
+    text = (folder / "night.toml").read_text().replace(FAKE, str(folder / "long.toml"))
+    (folder / "night.toml").write_text(text)
+    assert run_facepipe("nightly", folder / "night.toml", "--quiet")[0] == 0
+    assert rows(gallery, without=VECTOR) == expected, "who was erased stays out"
+
+
+def test_a_gallery_in_an_object_store(made: Path, bucket: Any, tmp_path: Path) -> None:
+    """There and back, with an index, and an erasure on the way."""
+    gallery = "s3://faces/g"
+    fakes = {"detect": {"model": "fake-detector"}, "embed": {"model": FAKE}, "source": {"identity": "folder"}}
+    for person in ("person0", "person1", "person2"):
+        (tmp_path / "few" / person).mkdir(parents=True)
+        for path in sorted((made / "photos" / person).iterdir())[:4]:
+            shutil.copy(path, tmp_path / "few" / person)
+    embed(tmp_path / "few", gallery, fakes, runner="inline", block_smallest=4, block_largest=8)
+    index.run(IndexConfig(), gallery)
+    before = rows(gallery, without=VECTOR)
+    old_vectors = dict(zip(*map(list, Gallery(gallery).vectors()), strict=True))
+    config = build(MigrateConfig, {"embedder": str(made / "long.toml"), "commit": 16})
+    summary = migrate.run(config, gallery)
+    assert (summary.migrated, summary.failed, summary.has_index) == (12, {}, True)
+    assert rows(f"{gallery}/migration", without=VECTOR) == before
+    erase.run(Selection(identities=("person1",)), gallery, limit=ErasureLimit(1.0))
+    before = [row for row in before if row["identity"] != "person1"]
+    assert json.loads(run_facepipe("info", gallery, "--json")[1])["migration"]["images"] == 8
+    switched = migrate.switch(gallery)
+    assert switched.switched
+    assert rows(gallery, without=VECTOR) == before
+    assert Gallery(gallery).dim == DIM
+    index.run(IndexConfig(), gallery)
+    vectors = Gallery(gallery).vectors()[1]
+    assert (Index(gallery).search(vectors, 1).distances < 1e-3).all()
+    assert not verify_gallery(Gallery(gallery)).problems
+    assert not [key for key in list_keys(bucket) if key.startswith("g/migration/")], "nothing is left of it"
+    # Back again.
+    migrate.run(build(MigrateConfig, {"embedder": FAKE}), gallery)
+    migrate.switch(gallery)
+    for face, vector in zip(*Gallery(gallery).vectors(), strict=True):
+        assert np.allclose(vector, old_vectors[face], atol=1e-5)
+    assert rows(gallery, without=VECTOR) == before
+    assert migrate.drop_old(gallery).deleted > 0
+    assert not verify_gallery(Gallery(gallery)).problems
+    assert not Path("s3:").exists()
+
+
+def list_keys(bucket: Any) -> list[str]:
+    """List the keys of a small bucket."""
+    pages = bucket.get_paginator("list_objects_v2").paginate(Bucket="faces")
+    return [entry["Key"] for page in pages for entry in page.get("Contents", ())]
+
+
 KILLER = """
 import os, signal, sys
 from facepipe import storage
@@ -323,6 +455,35 @@ def test_killed_in_any_place_it_goes_on(folder: Path, tmp_path: Path) -> None:
         assert all(np.allclose(found[n], expected[n], atol=1e-6) for n in found)
         index.run(IndexConfig(), str(copy))
         assert is_sound(copy)
+
+
+@pytest.mark.slow
+def test_killed_ten_times_on_the_way_it_ends_as_if_undisturbed(folder: Path, tmp_path: Path) -> None:
+    """One migration, killed at random writes ten times, in commits of four images."""
+    script = tmp_path / "kill.py"
+    script.write_text(KILLER.replace("commit=16", "commit=4"))
+    cluster.run(build(ClusterConfig, {"run": {"runner": "inline"}, "graph": {"threshold": 0.3}}), str(folder / "g"))
+    clusters = tables.read_cluster_table(str(folder / "g"), tables.FACES).sort_by("face_id")
+    before = rows(folder / "g", without=VECTOR)
+    shutil.copytree(folder / "g", tmp_path / "undisturbed")
+    killed = folder / "g"
+    # So few writes bring a run to some commits, but not to its end.
+    random = np.random.default_rng(22)
+    places = [(tmp_path / "undisturbed", -1)] + [(killed, int(at)) for at in random.integers(2, 24, 10)]
+    command = [sys.executable, str(script), str(folder / "long.toml"), *(str(word) for one in places for word in one)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+    ends = [int(line) for line in found.stdout.splitlines()][2:]
+    assert ends.count(-signal.SIGKILL) == 10, found.stderr
+    assert Gallery(str(killed)).dim == 128, "still before the switch"
+    start(folder)
+    migrate.switch(str(killed))
+    assert rows(killed, without=VECTOR) == before
+    expected = read_vectors(tmp_path / "undisturbed")
+    vectors = read_vectors(killed)
+    assert vectors.keys() == expected.keys()
+    assert all(np.allclose(vectors[n], expected[n], atol=1e-6) for n in vectors)
+    assert tables.read_cluster_table(str(killed), tables.FACES).sort_by("face_id").equals(clusters)
+    assert is_sound(killed)
 
 
 def test_from_dlib_to_mobilefacenet_and_back(shared: Path, tmp_path: Path) -> None:
