@@ -24,6 +24,7 @@ from facepipe.gallery.commits.log import LOG
 from facepipe.gallery.commits.parts import compute_statistics
 from facepipe.gallery.commits.rewrite import Action, MarkImages, make_add_action, make_remove_action, read_rows
 from facepipe.gallery.contract import CONTRACT_PROPERTY
+from facepipe.gallery.file_counts import count_images
 from facepipe.gallery.table import Gallery
 from facepipe.hashing import hash64_column
 from facepipe.schema import FACES, READ_ERROR
@@ -153,8 +154,8 @@ def describe_migration(gallery: Gallery) -> dict[str, Any]:
     if not Gallery.exists(path):
         return {}
     second = Gallery(path)
-    images = second.counts()["images"]
-    total = gallery.counts()["images"]
+    images = count_images(second)["images"]
+    total = count_images(gallery)["images"]
     command = f"facepipe migrate {gallery.path}"
     if is_held(path):
         state = "a run writes to it"
