@@ -201,7 +201,7 @@ def _is_gone(source: GallerySource) -> bool:
         return True
     uri = storage.join(source.root, source.glob) if source.glob else source.root
     try:
-        return next(iter(open_source(SourceConfig(uri))), None) is None
+        return not open_source(SourceConfig(uri)).has_items()
     except SourceError:
         return True
     except StorageError:

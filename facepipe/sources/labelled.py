@@ -45,6 +45,10 @@ class LabelledSource:
         self._prefix = prefix
         self._reset()
 
+    def has_items(self) -> bool:
+        """Tell whether the source lists anything. Its folders are not judged, for which many items may be needed."""
+        return next(iter(self._source), None) is not None
+
     def pass_over(self, times: FolderTimes) -> None:
         """Pass over the files of folders that have not changed, by their times. Sources without folders list all."""
         if isinstance(self._source, FolderSource):

@@ -331,7 +331,7 @@ def _check_source(data: DataConfig) -> None:
     if data.gallery:
         return
     source = open_source(data.source_config)
-    if next(iter(source), None) is None:
+    if not source.has_items():
         raise SourceError(f"no image in {data.source!r} ({source.ignored} other files were skipped)")
 
 

@@ -207,7 +207,7 @@ def run(config: EmbedConfig, gallery: str, progress: Progress = lambda summary: 
     config = make_paths_absolute(config)
     contract = check_settings(config)
     source = open_source(config.source)
-    if next(iter(source), None) is None:
+    if not source.has_items():
         raise SourceError(_describe_empty_source(config.source.uri, source))
     # With other models, or with a corrected file, a new gallery has another contract.
     if not Gallery.exists(gallery):

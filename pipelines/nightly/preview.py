@@ -114,7 +114,7 @@ def _is_held_back(config: NightlyConfig, source: NightSource) -> bool:
 def _has_image(source: NightSource) -> bool:
     """Tell whether a source can be opened and lists an image; nothing beyond the first is listed."""
     try:
-        return next(iter(open_source(source.to_source())), None) is not None
+        return open_source(source.to_source()).has_items()
     except (SourceError, StorageError):
         return False
 

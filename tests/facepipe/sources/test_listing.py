@@ -3,6 +3,7 @@
 import os
 import posixpath
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ from facepipe.hashing import hash64, hash64_column, hash64_each, hash_each_in_pr
 from facepipe.sources import SourceConfig, WorkItem, open_source
 from facepipe.sources.expand import Expander
 from facepipe.sources.extensions import get_extension, is_hidden
+from facepipe.sources.folder import FolderSource
 from facepipe.sources.identity import IdentityRule, make_identity_rule, take_filename_prefix
 from facepipe.sources.item import make_file_uri
 from facepipe.sources.labels import format_label
@@ -114,3 +116,24 @@ def test_odd_names_are_listed_all_the_same(name: str, tmp_path: Path) -> None:
     assert item.identity == "Ann"
     assert item.uri == make_file_uri(str(tmp_path / "Ann" / name))
     assert item.path == os.fsencode(tmp_path / "Ann" / name)
+
+
+def test_whether_there_is_an_image_takes_no_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders that may be parts of a dataset hold all images back until they are judged."""
+    for n in range(20):
+        (tmp_path / f"{n:03d}").mkdir()
+        (tmp_path / f"{n:03d}" / "1.jpg").write_bytes(b"x")
+    listed: list[str] = []
+    list_file = FolderSource._list_file
+
+    def note(source: FolderSource, entry: Any, name: str, relative: str, expand_image: Any) -> Any:
+        listed.append(relative)
+        return list_file(source, entry, name, relative, expand_image)
+
+    monkeypatch.setattr(FolderSource, "_list_file", note)
+    source = open_source(SourceConfig(str(tmp_path)))
+    assert source.has_items()
+    assert listed == ["000/1.jpg"]
+    assert len(list(source)) == 20
+    (tmp_path / "empty").mkdir()
+    assert not open_source(SourceConfig(str(tmp_path / "empty"))).has_items()
