@@ -23,8 +23,9 @@ def compact(
     """Join a gallery's small files into large ones.
 
     Files that left the table a day ago are deleted. No row changes, and the index stays as it is. What changed of many
-    images since their rows were written is folded into the rows; with --all also that of few. A gallery of an older
-    version is repaired: its labels get Unicode's normal form C, and its log right ranges of texts.
+    images since their rows were written is folded into the rows; with --all also that of few. Files that hold deleted
+    rows are written anew if they are due; with --all all of them are, and every reader of Delta reads the table then. A
+    gallery of an older version is repaired: its labels get Unicode's normal form C, and its log right ranges of texts.
 
     For example:
 

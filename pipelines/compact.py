@@ -11,6 +11,7 @@ from facepipe.gallery import Gallery
 from facepipe.gallery.commits.committer import Committer
 from facepipe.gallery.file_counts import refresh_counts
 from facepipe.gallery.maintenance.compact import CompactConfig, compact_files, fold_marks, plan_compaction
+from facepipe.gallery.maintenance.purge import find_due_files, purge_files
 from facepipe.gallery.maintenance.text_repair import count_files_to_repair, repair_text
 from facepipe.gallery.maintenance.vacuum import claim_unreferenced, delete_files, delete_uploads, find_unreferenced
 from facepipe.observe.runs import new_run_id
@@ -41,6 +42,7 @@ class CompactSummary:
         joined: Files that were joined.
         into: Files that they became.
         folded: Files into which marks were folded.
+        purged: Files that were written anew because they held deleted rows.
         deleted: Files that were deleted.
         bytes: Their size.
         files: Files of the table now.
@@ -53,6 +55,7 @@ class CompactSummary:
     joined: int = 0
     into: int = 0
     folded: int = 0
+    purged: int = 0
     deleted: int = 0
     bytes: int = 0
     files: int = 0
@@ -103,6 +106,10 @@ def _compact(config: CompactConfig, gallery: str, everything: bool, dated: Colle
             taker.start()
             fewer = compact_files(table, groups, commit)
             folded = fold_marks(Gallery(gallery), commit, everything)
+            joined = Gallery(gallery)
+            purged = purge_files(joined, find_due_files(joined, config.purge_days, everything=everything), commit)
+            if everything:
+                commit.drop_deletion_vectors()
         deleted = claim_unreferenced(gallery, lease, config.keep_hours * _SECONDS_PER_HOUR)
         delete_files(deleted, lease)
         with suppress(UploadsUnknownError):
@@ -116,6 +123,7 @@ def _compact(config: CompactConfig, gallery: str, everything: bool, dated: Colle
             joined=fewer + len(groups),
             into=len(groups),
             folded=folded,
+            purged=purged,
             deleted=len(deleted),
             bytes=sum(entry.size for entry in deleted),
             files=compacted.count_totals().files,
@@ -132,6 +140,7 @@ def _preview(config: CompactConfig, table: Gallery, everything: bool) -> Compact
         repaired=count_files_to_repair(table, everything=everything),
         joined=sum(map(len, groups)),
         into=len(groups),
+        purged=len(find_due_files(table, config.purge_days, everything=everything)),
         deleted=len(unreferenced),
         bytes=sum(entry.size for entry in unreferenced),
         files=table.count_totals().files,

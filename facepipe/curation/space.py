@@ -64,7 +64,8 @@ def _read_some(gallery: Gallery) -> Float32:
     # Of few files, more rows each.
     count = _ROWS_PER_FILE * _MAX_FILES // max(1, len(chosen))
     for place in np.sort(chosen):
-        rows = next(read_face_rows(gallery.faces_folder, [paths[place]], gallery.dim), None)
+        faces = read_face_rows(gallery.faces_folder, [paths[place]], gallery.dim, deleted=gallery.deleted_rows)
+        rows = next(faces, None)
         if rows is not None:
             picked = np.sort(rng.permutation(len(rows))[:count])
             parts.append(rows.vectors[picked])

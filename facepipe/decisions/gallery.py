@@ -50,19 +50,26 @@ class DecidedGallery(Gallery):
         rows: int = 8192,
         *,
         with_hidden: bool = False,
+        with_deleted: bool = False,
     ) -> Iterator[pa.RecordBatch]:
         """Stream rows as record batches, as `Gallery.batches` does."""
         names = check_columns(columns)
-        for batch in super().batches(self._add_face_id(names), where, rows, with_hidden=with_hidden):
+        read = super().batches(
+            self._add_face_id(names), where, rows, with_hidden=with_hidden, with_deleted=with_deleted
+        )
+        for batch in read:
             # One batch in, at most one out.
             decided = self._apply(pa.Table.from_batches([batch])).select(names).combine_chunks()
             yield from decided.to_batches()
 
-    def read_chosen_rows(self, key: str, values: pa.Array, columns: Sequence[str]) -> Iterator[pa.Table]:
+    def read_chosen_rows(
+        self, key: str, values: pa.Array, columns: Sequence[str], *, file_column: str | None = None
+    ) -> Iterator[pa.Table]:
         """Read the rows whose key is among some values, as `Gallery.read_chosen_rows` does."""
         names = check_columns(columns)
-        for part in super().read_chosen_rows(key, values, self._add_face_id(names)):
-            decided = self._apply(part).select(names)
+        read = super().read_chosen_rows(key, values, self._add_face_id(names), file_column=file_column)
+        for part in read:
+            decided = self._apply(part).select([*names, *([file_column] if file_column else [])])
             if decided.num_rows:
                 yield decided
 

@@ -169,7 +169,7 @@ def count_rows(gallery: Gallery, source: str | None = None, below: tuple[str, ..
         low = file.get("min.source")
         high = file.get("max.source")
         if low is not None and low == high:
-            count += file["num_records"] if low == source else 0
+            count += file["rows"] if low == source else 0
         elif low is None or low <= source <= (high or source):
             mixed.append(file["path"])
     if mixed:

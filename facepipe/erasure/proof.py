@@ -173,7 +173,7 @@ def _check_rows(gallery: Gallery, hashes: _MentionCounter) -> Iterator[str]:
     counts = {"uri": 0, "image_id": 0, "face_id": 0}
     try:
         # Count matches per column: a row may be found by one of them only.
-        for batch in gallery.batches(list(counts), with_hidden=True):
+        for batch in gallery.batches(list(counts), with_hidden=True, with_deleted=True):
             counts["uri"] += hashes.count_matches(batch["uri"].to_pylist(), "uris")
             counts["image_id"] += hashes.count_matches(batch["image_id"].drop_null().to_pylist(), "images")
             counts["face_id"] += hashes.count_matches(map(str, batch["face_id"].drop_null().to_pylist()), "faces")

@@ -272,7 +272,8 @@ class _ErasureSteps:
             table = Gallery(self.gallery)
             trace = RewriteTrace()
             plan = plan_rewrite_of_uris(uris, lambda rows, mask: rows.filter(pc.invert(mask)))
-            plan = replace(plan, deletes=True)
+            # What was replaced or relabelled may be on disk still, and goes as well.
+            plan = replace(plan, deletes=True, purges=self._find_deleted)
             actions = list(rewrite_files(table, plan, trace))
             if actions:
                 self.receipt.version_before = table.version
@@ -286,6 +287,15 @@ class _ErasureSteps:
         figures = {"images": self.receipt.images, "faces": self.receipt.faces}
         committer.commit_actions(rewrite, {"job": "erase", **figures})
         self._end_part(ROWS, lease)
+
+    def _find_deleted(self, rows: pa.Table) -> pa.BooleanArray:
+        """Find deleted rows of the erased, also under names and contents that they had before."""
+        selected = self.erasure.selected
+        uris = pa.concat_arrays([selected.uris, selected.former_uris])
+        is_erased = pc.is_in(rows["uri"], uris)
+        for column, values in (("image_id", selected.contents), ("identity", selected.names)):
+            is_erased = pc.or_(is_erased, pc.and_(pc.is_valid(rows[column]), pc.is_in(rows[column], values)))
+        return is_erased
 
     def _select_again(self) -> None:
         """Take in what the table has got of the images since they were selected.

@@ -7,8 +7,8 @@ their ingestion.
 
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -20,7 +20,8 @@ import pyarrow.dataset as ds
 
 from facepipe import storage
 from facepipe.errors import GalleryError, StorageError
-from facepipe.gallery.table import Gallery
+from facepipe.gallery.deletion_vectors import RowChoice
+from facepipe.gallery.table import Gallery, compare_files
 from facepipe.sorted_lookup import find_sorted, is_in_sorted
 from facepipe.types import Int64, UInt64
 
@@ -86,18 +87,25 @@ class ReadMark:
 class PartialGallery(Gallery):
     """A gallery of which only some files are read; all of them by default."""
 
-    def __init__(self, gallery: Gallery, files: Sequence[str] | None = None):
+    def __init__(
+        self, gallery: Gallery, files: Sequence[str] | None = None, only_rows: Mapping[str, Int64] | None = None
+    ):
+        """Open some files of a gallery.
+
+        Args:
+            gallery: the gallery.
+            files: their paths; all by default.
+            only_rows: numbers of the rows that are read of files, rising, (n,), by path; all by default.
+        """
         # Take over the open table, so that nothing is read from the log again.
         self.__dict__.update(gallery.__dict__)
         self._chosen = None if files is None else frozenset(files)
+        self._only_rows = only_rows or {}
 
-    def open_all_rows(self, ranges: Collection[str] | None = None) -> ds.Dataset:
-        """Open the chosen files as a pyarrow dataset."""
-        whole = super().open_all_rows(ranges)
-        if self._chosen is None:
-            return whole
-        fragments = [fragment for fragment in whole.get_fragments() if fragment.path in self._chosen]
-        return ds.FileSystemDataset(fragments, whole.schema, whole.format, whole.filesystem)
+    def _choose_rows(self) -> dict[str, RowChoice]:
+        """Choose which rows are read of files that are not read in full, by path."""
+        choices = super()._choose_rows()
+        return choices | {path: RowChoice(rows, is_kept=True) for path, rows in self._only_rows.items()}
 
     def _read_actions(self) -> pa.Table:
         """Read the log's entries of the chosen files."""
@@ -127,6 +135,7 @@ class TableChanges:
         mixed_files: Names of files in which some rows may be new.
         removed_files: Names of files that have left the table since the mark; None if that is not known.
         old_gallery: The gallery at the mark; None if it cannot be opened.
+        deleted_rows: Rows that were deleted since the mark from files which are still there: their numbers, by file.
     """
 
     gallery: Gallery
@@ -135,11 +144,13 @@ class TableChanges:
     mixed_files: tuple[str, ...]
     removed_files: tuple[str, ...] | None
     old_gallery: Gallery | None = None
+    deleted_rows: Mapping[str, Int64] = field(default_factory=dict)
 
     @property
     def is_empty(self) -> bool:
-        """Whether the table's files are the same ones."""
-        return not self.new_files and not self.mixed_files and not self.removed_files and self.removed_files is not None
+        """Whether the table's files hold the same rows."""
+        has_files = self.new_files or self.mixed_files or self.removed_files or self.deleted_rows
+        return not has_files and self.removed_files is not None
 
     def read_new_rows(self, columns: Sequence[str], rows: int = _ROWS) -> Iterator[pa.RecordBatch]:
         """Yield the new rows in batches with these columns.
@@ -180,8 +191,8 @@ class TableChanges:
         # Faces of removed files are candidates.
         try:
             removed = np.empty(0, np.int64)
-            if self.removed_files:
-                removed = np.sort(_read_ids(PartialGallery(self.old_gallery, self.removed_files)))
+            if self.removed_files or self.deleted_rows:
+                removed = np.sort(_read_ids(self._open_removed(self.old_gallery, self.removed_files)))
         except (OSError, StorageError, pa.ArrowException):  # the files were vacuumed
             return None
         # Those that an added file holds were moved, not deleted.
@@ -193,6 +204,10 @@ class TableChanges:
                 at = find_sorted(removed, batch["face_id"].drop_null().to_numpy())
                 is_still_there[at[at >= 0]] = True
         return removed[~is_still_there]
+
+    def _open_removed(self, old_gallery: Gallery, removed_files: Sequence[str]) -> Gallery:
+        """Open what has left the table: whole files, and rows of others."""
+        return PartialGallery(old_gallery, [*removed_files, *self.deleted_rows], self.deleted_rows)
 
     def _read_moved_keys(self) -> UInt64 | None:
         """Read the sorted keys of old rows that may stand in another file now; None if they cannot be read."""
@@ -206,7 +221,7 @@ class TableChanges:
         if next(iter(candidates.get_fragments(filter=recent)), None) is None:
             return parts[0]
         try:
-            old_files = PartialGallery(self.old_gallery, self.removed_files)
+            old_files = self._open_removed(self.old_gallery, self.removed_files)
             batches = old_files.batches(_KEY, recent, rows=_ROWS, with_hidden=True)
             parts += [_hash_keys(batch) for batch in batches]
         except (OSError, StorageError, pa.ArrowException):  # the files were vacuumed
@@ -227,14 +242,13 @@ def find_changes(gallery: Gallery, mark: ReadMark | None) -> TableChanges:
     old_gallery = _open_old_gallery(gallery, mark)
     if old_gallery is None:
         return TableChanges(gallery, mark, new_files=(), mixed_files=files, removed_files=None)
-    # Compare the two versions by the names of their files.
-    old_files = set(old_gallery.list_paths())
-    removed = tuple(sorted(old_files.difference(files)))
-    added = [path for path in files if path not in old_files]
-    # If no file was removed, no row can have moved. Else the name tells whether a file holds rewritten rows.
-    new = tuple(path for path in added if not removed or _NEW_ROWS_ONLY.search(path))
-    mixed = tuple(path for path in added if path not in set(new))
-    return TableChanges(gallery, mark, new, mixed, removed, old_gallery)
+    # Compare the two versions by the names of their files, and by the rows that are deleted from them.
+    differences = compare_files(old_gallery, gallery)
+    is_unmoved = not (differences.removed or differences.deleted)
+    # If nothing was removed, no row can have moved. Else the name tells whether a file holds rewritten rows.
+    new = tuple(path for path in differences.added if is_unmoved or _NEW_ROWS_ONLY.search(path))
+    mixed = tuple(path for path in differences.added if path not in set(new))
+    return TableChanges(gallery, mark, new, mixed, differences.removed, old_gallery, differences.deleted)
 
 
 def _open_old_gallery(gallery: Gallery, mark: ReadMark) -> Gallery | None:

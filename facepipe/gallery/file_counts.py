@@ -2,8 +2,8 @@
 
 The log knows how many rows a file has, but not how many images have failed. To count them, each file has to be opened,
 which takes a millisecond: minutes in a table of hundreds of thousands of files. A file of the table never changes, so
-each is counted once. Runs that write to the gallery keep the counts in `runs/counts.parquet`. It holds names of files
-and numbers, and nothing of any image. Without it, all files are counted.
+each is counted once, and again if rows of it are deleted. Runs that write to the gallery keep the counts in
+`runs/counts.parquet`. It holds names of files and numbers, and nothing of any image. Without it, all files are counted.
 """
 
 from collections import Counter
@@ -25,7 +25,8 @@ from facepipe.schema import OK, STATUSES
 _NAME = "counts.parquet"
 _FACES = "faces"
 _COUNTED = (_FACES, *STATUSES)
-_SCHEMA = pa.schema([("path", pa.string()), *((name, pa.int64()) for name in _COUNTED)])
+_DELETED = "deleted"  # number of deleted rows that were not counted
+_SCHEMA = pa.schema([("path", pa.string()), (_DELETED, pa.int64()), *((name, pa.int64()) for name in _COUNTED)])
 # What is read of a file.
 _COLUMNS = ("status", "face_index")
 
@@ -64,7 +65,14 @@ def refresh_counts(gallery: Gallery) -> int:
     named = [path for path in uncounted if parse_digest(path) is not None]
     if not named and known.num_rows == stored.num_rows:
         return 0
-    rows = [{"path": path, **_count_rows(read_rows(gallery, path, _COLUMNS))} for path in named]
+    rows = [
+        {
+            "path": path,
+            _DELETED: len(gallery.deleted_rows.get(path, ())),
+            **_count_rows(read_rows(gallery, path, _COLUMNS)),
+        }
+        for path in named
+    ]
     # A status that another program has made up is in no column: such a file is counted each time.
     rows = [row for row in rows if row.keys() <= set(_SCHEMA.names)]
     table = pa.concat_tables([known, _to_table(rows)])
@@ -108,6 +116,10 @@ def _split_counted(gallery: Gallery) -> tuple[pa.Table, list[str]]:
     paths = pa.array(gallery.list_paths(), pa.string())
     stored = _read(gallery)
     known = stored.filter(pc.is_in(stored["path"], value_set=paths))
+    if gallery.deleted_rows:
+        # Deleted rows only become more, so that their number tells whether a file was counted since.
+        numbers = [len(gallery.deleted_rows.get(path, ())) for path in known["path"].to_pylist()]
+        known = known.filter(pc.equal(known[_DELETED], pa.array(numbers, pa.int64())))
     uncounted = paths.filter(pc.invert(pc.is_in(paths, value_set=known["path"].combine_chunks())))
     return known, uncounted.to_pylist()
 

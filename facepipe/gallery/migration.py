@@ -22,7 +22,15 @@ from facepipe.gallery.changes import PartialGallery
 from facepipe.gallery.commits.committer import Committer
 from facepipe.gallery.commits.log import LOG
 from facepipe.gallery.commits.parts import compute_statistics
-from facepipe.gallery.commits.rewrite import Action, MarkImages, make_add_action, make_remove_action, read_rows
+from facepipe.gallery.commits.rewrite import (
+    REWRITE,
+    Action,
+    MarkImages,
+    make_add_action,
+    make_remove_action,
+    read_rows,
+    write_rows,
+)
 from facepipe.gallery.contract import CONTRACT_PROPERTY
 from facepipe.gallery.file_counts import count_images
 from facepipe.gallery.table import Gallery
@@ -219,6 +227,9 @@ def commit_switch(first: Gallery, second: Gallery, commit: Committer) -> None:
     # The files have their place before the commit names them. One that is there is of a run that was killed.
     added: list[Action] = []
     for file in second.files():
+        if file["path"] in second.deleted_rows:
+            added.append(write_rows(first, read_rows(second, file["path"]), REWRITE, data_change=True)[0])
+            continue
         _bring_file(second, first, file["path"])
         stats = compute_statistics(read_rows(second, file["path"]))
         added.append(make_add_action(file["path"], file["size_bytes"], stats))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +26,12 @@ from facepipe.errors import ConfigError, ContractError, GalleryBusyError, Galler
 from facepipe.gallery.chosen_rows import iterate_chosen_rows
 from facepipe.gallery.commits import log
 from facepipe.gallery.contract import CONTRACT_PROPERTY, Contract
+from facepipe.gallery.deletion_vectors import Descriptor, RowChoice, decode_rows
 from facepipe.gallery.file_bounds import FileBounds
 from facepipe.gallery.filters import to_filter
 from facepipe.gallery.hidden import HiddenImages, HiddenWatch
 from facepipe.gallery.marks import KEY, NO_MARKS, TRANSACTION, Marks, format_name, needs_marks, read_marks
-from facepipe.schema import FACES, LATER, OK
+from facepipe.schema import FACES, OK
 from facepipe.storage.aliases import find_table_path
 from facepipe.storage.conditional import ConflictError, require_usable_place
 from facepipe.storage.inside import is_link, iterate_links, make_link_error, require_inside
@@ -59,6 +61,7 @@ _FILES_PASSED_OVER = 1024
 _FILE_COLUMNS = (
     "path",
     "size_bytes",
+    "modification_time",
     "num_records",
     "min.uri",
     "max.uri",
@@ -112,6 +115,19 @@ class TableTotals:
     faces: int
 
 
+@dataclass(frozen=True)
+class _FilePart:
+    """Files that are read together.
+
+    Attributes:
+        dataset: the files.
+        choice: which rows are read; None for all. Given only if there is one file.
+    """
+
+    dataset: ds.Dataset
+    choice: RowChoice | None = None
+
+
 class Gallery:
     """A gallery of face embeddings.
 
@@ -144,6 +160,7 @@ class Gallery:
         _refuse_links_to_others(self.path)
         self._hidden = HiddenWatch(self.path)
         self._marks: Marks | None = None
+        self._deleted_rows: dict[str, Int64] | None = None
         try:
             self._table = open_table(self.faces_folder, version)
             # deltalake looks into the log again for it, which an erasure may have cleaned by then.
@@ -241,6 +258,7 @@ class Gallery:
         self._table.update_incremental()
         self._marks_number = self.get_transaction(TRANSACTION)
         self._marks = None
+        self._deleted_rows = None
 
     @property
     def version(self) -> int:
@@ -297,6 +315,46 @@ class Gallery:
         """Name of the file with the marks, below the table's folder; None if there are no marks."""
         return format_name(self._marks_number) if self._marks_number else None
 
+    @property
+    def has_deletion_vectors(self) -> bool:
+        """Whether rows of the table's files may be deleted although the files hold them."""
+        return log.has_deletion_vectors(self._table)
+
+    @property
+    def deleted_rows(self) -> Mapping[str, Int64]:
+        """Rows that files hold and the table does not: rising numbers (n,), by the file's path. Readers leave them out.
+
+        Raises:
+            GalleryError: another program has deleted rows in a way that facepipe cannot read.
+            StorageError: the log cannot be read.
+        """
+        if self._deleted_rows is None:
+            if self.has_deletion_vectors:
+                self._deleted_rows = self._read_deleted_rows()
+            else:
+                self._deleted_rows = {}
+        return self._deleted_rows
+
+    def _read_deleted_rows(self) -> dict[str, Int64]:
+        try:
+            return {path: decode_rows(vector) for path, vector in self.read_deletion_vectors().items()}
+        except StorageError:
+            # The log was cleaned since the table was opened. deltalake has the vectors in memory, as one flag per row.
+            vectors = pa.table(self._table.deletion_vectors().read_all())
+        names = {os.path.basename(path): path for path in self.list_paths()}
+        return {
+            names[unquote(os.path.basename(url))]: np.flatnonzero(~np.asarray(flags.values))
+            for url, flags in zip(vectors["filepath"].to_pylist(), vectors["selection_vector"], strict=True)
+        }
+
+    def read_deletion_vectors(self) -> dict[str, Descriptor]:
+        """Read which rows of files are deleted, by the file's path, as the log has it.
+
+        Raises:
+            StorageError: the log was cleaned since the table was opened, or cannot be read.
+        """
+        return log.read_deletion_vectors(self.faces_folder, self.version) if self.has_deletion_vectors else {}
+
     def get_transaction(self, name: str) -> int:
         """Get the number of the last transaction of a run, or of another name, in the table's log; 0 if it has none.
 
@@ -323,14 +381,17 @@ class Gallery:
     def files(self) -> list[dict[str, Any]]:
         """Return path, size, row count, ranges of some columns and number of faces of each file of the table.
 
-        A range is None if the log has none, or if it cannot be trusted.
+        A range is None if the log has none, or if it cannot be trusted. `num_records` counts what the file holds, and
+        `rows` what the table has of it.
         """
         actions = pa.table(self._table.get_add_actions(flatten=True))
         self._check_names(actions["path"])
         names = [name for name in _FILE_COLUMNS if name in actions.column_names]
         rows: list[dict[str, Any]] = actions.select(names).to_pylist()
         doubtful = self._find_untrusted_files()
+        deleted_rows = self.deleted_rows
         for row in rows:
+            row["rows"] = row["num_records"] - len(deleted_rows.get(row["path"], ()))
             row["faces"] = row["num_records"] - (row.pop("null_count.face_id", 0) or 0)
             if row["path"] in doubtful:
                 row.update({name: None for name in names if name.endswith((".uri", ".source", ".identity"))})
@@ -352,8 +413,12 @@ class Gallery:
         self._check_names(actions["path"])
         rows = pc.fill_null(actions["num_records"], 0)
         faces = rows
+        # Deleted rows count as rows without a face.
         if "null_count.face_id" in actions.column_names:
             faces = pc.subtract(rows, pc.fill_null(actions["null_count.face_id"], 0))
+        if self.deleted_rows:
+            deleted = [len(self.deleted_rows.get(path, ())) for path in actions["path"].to_pylist()]
+            rows = pc.subtract(rows, pa.array(deleted, pa.int64()))
         columns = {"path": actions["path"], "size_bytes": actions["size_bytes"], "rows": rows, "faces": faces}
         return pa.table(columns)
 
@@ -418,6 +483,25 @@ class Gallery:
             nulls[name] = actions[f"null_count.{name}"] if is_known else unknown
         return pa.table({"path": actions["path"], "size_bytes": actions["size_bytes"], **nulls}).to_pylist()
 
+    def read_statistics(self, paths: Collection[str]) -> dict[str, dict[str, Any]]:
+        """Read from the log the statistics of some files, as Delta names them, with values of Python, by path."""
+        actions = pa.table(self._table.get_add_actions(flatten=True))
+        chosen = actions.filter(pc.is_in(actions["path"], pa.array(sorted(paths), pa.string())))
+        statistics = {}
+        for row in chosen.to_pylist():
+            by_kind: dict[str, dict[str, Any]] = {"min": {}, "max": {}, "null_count": {}}
+            for key, value in row.items():
+                kind, _, column = key.partition(".")
+                if kind in by_kind and value is not None:
+                    by_kind[kind][column] = value
+            statistics[row["path"]] = {
+                "numRecords": row["num_records"],
+                "minValues": by_kind["min"],
+                "maxValues": by_kind["max"],
+                "nullCount": by_kind["null_count"],
+            }
+        return statistics
+
     def find_files_with_doubtful_ranges(self) -> frozenset[str]:
         """Find the files whose ranges of texts may be wrong in the log, if an older version wrote them."""
         actions = pa.table(self._table.get_add_actions(flatten=True))
@@ -442,7 +526,15 @@ class Gallery:
         Args:
             ranges: columns by which a filter may tell, from the log, that a file holds nothing for it; all by default.
                 In a table of many files they are the cost of opening it, some 40 microseconds per column and file.
+
+        Raises:
+            GalleryError: files hold deleted rows, which a dataset of pyarrow cannot leave out.
         """
+        if self.deleted_rows:
+            raise GalleryError(
+                f"files of {self.path!r} hold deleted rows, which a dataset of pyarrow cannot leave out: use "
+                f"Gallery.batches, or run `facepipe compact --all {self.path}`, which writes such files anew"
+            )
         hidden = self._hidden.read()
         dataset = self.open_all_rows(ranges)
         return dataset.filter(hidden.visible) if hidden else dataset
@@ -455,22 +547,31 @@ class Gallery:
         self._hidden.freeze()
 
     def open_all_rows(self, ranges: Collection[str] | None = None) -> ds.Dataset:
-        """Open the table as a dataset with all rows, also of images that are being erased. Readers use `dataset`."""
-        self._check_names()
-        # The schema with which files are listed holds only columns whose ranges a filter can use.
-        schema = pa.schema(self._table.schema().to_arrow(as_large_types=False))
-        # Later columns are left out while the files are listed: deltalake takes a column without statistics for one
-        # without nulls.
-        with_ranges = set(schema.names if ranges is None else ranges).difference(LATER)
-        listed_schema = pa.schema([field for field in schema if field.name in with_ranges])
-        filesystem = open_arrow_filesystem(self.faces_folder)
-        dataset = self._table.to_pyarrow_dataset(filesystem=filesystem, schema=listed_schema)
-        if with_ranges.intersection(_TEXT_COLUMNS):
-            dataset = _drop_ranges(dataset, self._find_untrusted_files())
-        return dataset.replace_schema(pa.unify_schemas([schema, FACES]))
+        """Open the table as a dataset with all rows of its files. Readers use `dataset`.
 
-    def _split_files(self, ranges: Collection[str], where: "ds.Expression | None") -> Iterator[ds.Dataset]:
+        Rows of images that are being erased are among them, and deleted rows.
+        """
+        actions = self._read_actions()
+        self._check_names(actions["path"])
+        schema = pa.unify_schemas([pa.schema(self._table.schema().to_arrow(as_large_types=False)), FACES])
+        filesystem = open_arrow_filesystem(self.faces_folder)
+        file_format = ds.ParquetFileFormat()
+        # A filter passes over files by the ranges of these columns.
+        with_ranges = set(schema.names if ranges is None else ranges)
+        untrusted = self._find_untrusted_files() if with_ranges.intersection(_TEXT_COLUMNS) else frozenset()
+        bounds = FileBounds(actions, with_ranges, untrusted)
+        fragments = [
+            file_format.make_fragment(path, filesystem, partition_expression=bounds.get_guarantee(n))
+            for n, path in enumerate(actions["path"].to_pylist())
+        ]
+        return ds.FileSystemDataset(fragments, schema, file_format, filesystem)
+
+    def _split_files(
+        self, ranges: Collection[str], where: "ds.Expression | None", *, with_deleted: bool = False
+    ) -> Iterator[_FilePart]:
         """Split the files that may match a filter into datasets of a few files each.
+
+        A file that holds deleted rows is a dataset of its own.
 
         What has been read of a file's metadata, some 80 kB, is kept as long as its dataset. In a table of 20,000 files
         that would be 1.6 GB. To open all files as one dataset would also stop the interpreter, and with it the lease's
@@ -479,9 +580,11 @@ class Gallery:
         Args:
             ranges: columns by which the filter may tell, from the log, that a file holds nothing for it.
             where: the filter.
+            with_deleted: whether deleted rows are read as well.
         """
         actions = self._read_actions()
         self._check_names(actions["path"])
+        choices = {} if with_deleted else self._choose_rows()
         schema = pa.unify_schemas([pa.schema(self._table.schema().to_arrow(as_large_types=False)), FACES])
         filesystem = open_arrow_filesystem(self.faces_folder)
         bounds = FileBounds(actions, ranges, self._find_untrusted_files() if where is not None else frozenset())
@@ -496,13 +599,24 @@ class Gallery:
             if where is not None:
                 candidates = ds.FileSystemDataset(fragments, schema, file_format, filesystem)
                 fragments = list(candidates.get_fragments(filter=where))
+            if choices:
+                for fragment in fragments:
+                    if fragment.path in choices:
+                        part = ds.FileSystemDataset([fragment], schema, file_format, filesystem)
+                        yield _FilePart(part, choices[fragment.path])
+                        del part
+                fragments = [fragment for fragment in fragments if fragment.path not in choices]
             pending += fragments
             is_last = start + len(paths) >= actions.num_rows
             while len(pending) >= _FILES_AT_ONCE or (pending and is_last):
-                part = pending[:_FILES_AT_ONCE]
+                files = pending[:_FILES_AT_ONCE]
                 del pending[:_FILES_AT_ONCE]
-                yield ds.FileSystemDataset(part, schema, file_format, filesystem)
-                del part
+                yield _FilePart(ds.FileSystemDataset(files, schema, file_format, filesystem))
+                del files
+
+    def _choose_rows(self) -> dict[str, RowChoice]:
+        """Choose which rows are read of files that are not read in full, by path."""
+        return {path: RowChoice(rows) for path, rows in self.deleted_rows.items()}
 
     def _read_actions(self) -> pa.Table:
         """Read the log's entries of the files that are read."""
@@ -515,6 +629,7 @@ class Gallery:
         rows: int = 8192,
         *,
         with_hidden: bool = False,
+        with_deleted: bool = False,
     ) -> Iterator[pa.RecordBatch]:
         """Stream rows as record batches; memory does not grow with the gallery.
 
@@ -523,6 +638,7 @@ class Gallery:
             where: a filter, such as `status = 'ok' and det_score > 0.9`; all rows by default.
             rows: most rows per batch.
             with_hidden: include images whose erasure is recorded. Only what maintains the gallery needs them.
+            with_deleted: include deleted rows that files still hold. Only a proof that nothing is left needs them.
         """
         names = check_columns(columns)
         row_filter = to_filter(where)
@@ -535,28 +651,32 @@ class Gallery:
             # A row that is marked may match although its file says otherwise, so no file may be passed over.
             if needs_marks(filter_names):
                 first_filter = None
-        for part in self._split_files(filter_names, first_filter):
+        for part in self._split_files(filter_names, first_filter, with_deleted=with_deleted):
             # Look before each part, because an erasure may be recorded during a long read.
             part_filter = first_filter if with_hidden else self._add_hidden(first_filter)
-            scanner = part.scanner(
-                columns=read_names, filter=part_filter, batch_size=rows, batch_readahead=2, fragment_readahead=1
-            )
-            for batch in self._scan(scanner):
+            if part.choice is None:
+                batches = self._scan(part.dataset, read_names, part_filter, rows)
+            else:
+                batches = self._scan_chosen(part, read_names, part_filter, rows)
+            for batch in batches:
                 yield from _apply_marks(marks, batch, row_filter, names)
 
-    def read_chosen_rows(self, key: str, values: pa.Array, columns: Sequence[str]) -> Iterator[pa.Table]:
+    def read_chosen_rows(
+        self, key: str, values: pa.Array, columns: Sequence[str], *, file_column: str | None = None
+    ) -> Iterator[pa.Table]:
         """Read the rows whose key is among some values, file by file, with as few bytes of thumbnails as possible.
 
         Args:
             key: name of the column that is compared, `face_id` or `uri`.
             values: of the wanted rows.
             columns: names of the columns to return.
+            file_column: name of a further column with the path of each row's file.
         """
         names = check_columns(columns)
         dataset = self.open_all_rows([key])
         marks = self.marks if needs_marks(names) else NO_MARKS
         with_key = list(dict.fromkeys([*names, *(KEY if len(marks) else ("uri",))]))
-        parts = iterate_chosen_rows(dataset, key, values, with_key)
+        parts = iterate_chosen_rows(dataset, key, values, with_key, self._choose_rows())
         while True:
             try:
                 part = next(parts, None)
@@ -566,10 +686,12 @@ class Gallery:
                 return
             # Look again for each file, because an erasure may be recorded meanwhile.
             hidden = self._hidden.read()
-            if hidden:
-                part = part.filter(hidden.visible)
-            if part.num_rows:
-                yield marks.apply(part).select(names)
+            rows = part.rows.filter(hidden.visible) if hidden else part.rows
+            if rows.num_rows:
+                chosen = marks.apply(rows).select(names)
+                if file_column is not None:
+                    chosen = chosen.append_column(file_column, pa.array([part.path] * chosen.num_rows, pa.string()))
+                yield chosen
 
     def read_hidden(self) -> HiddenImages:
         """Read which images are being erased."""
@@ -582,8 +704,22 @@ class Gallery:
             return where
         return hidden.visible if where is None else where & hidden.visible
 
-    def _scan(self, scanner: ds.Scanner) -> Iterator[pa.RecordBatch]:
-        """Yield the batches of a scanner that hold rows, and map Arrow's errors."""
+    def _scan_chosen(
+        self, part: _FilePart, names: list[str], where: "ds.Expression | None", rows: int
+    ) -> Iterator[pa.RecordBatch]:
+        """Yield the chosen rows of a file that match a filter, which comes last because rows are counted."""
+        assert part.choice is not None
+        needed = list(dict.fromkeys([*names, *_find_named_columns(where)])) or [FACES.names[0]]
+        for batch in part.choice.filter_batches(self._scan(part.dataset, needed, None, rows)):
+            matching = batch if where is None else batch.filter(where)
+            if matching.num_rows:
+                yield matching.select(names)
+
+    def _scan(
+        self, dataset: ds.Dataset, names: list[str], where: "ds.Expression | None", rows: int
+    ) -> Iterator[pa.RecordBatch]:
+        """Yield the batches of a dataset that hold rows, and map Arrow's errors."""
+        scanner = dataset.scanner(columns=names, filter=where, batch_size=rows, batch_readahead=2, fragment_readahead=1)
         batches = scanner.to_batches()
         while True:
             try:
@@ -658,14 +794,13 @@ class Gallery:
         return {"images": sum(ordered.values()), "faces": faces, **ordered}
 
     def has_files_of(self, version: int) -> bool:
-        """Tell whether the table has the same files as an older version of it; False if that cannot be opened."""
+        """Tell whether the table has the same rows of files as an older version; False if that cannot be opened."""
         if version == self.version or log.find_last_equal_version(self.faces_folder, version) >= self.version:
             return True
         try:
-            old = set(Gallery(self.path, version).list_paths())
+            return compare_files(Gallery(self.path, version), self).is_empty
         except (GalleryError, StorageError):
             return False
-        return old == set(self.list_paths())
 
     def read_commits(self, last: int) -> list[RunCommit]:
         """Read which runs made the newest commits, and when; other commits are left out."""
@@ -689,6 +824,53 @@ class Gallery:
                 continue
             by_run[commit["run"]] = commit
         return list(by_run.values())[-last:]
+
+
+@dataclass(frozen=True)
+class FileDifferences:
+    """How the files of a table differ between two versions.
+
+    Attributes:
+        added: Paths of files with rows that the older version does not have.
+        removed: Paths of files with rows that the newer version may not have.
+        deleted: Rows that were deleted from files which both versions have: rising numbers (n,), by path.
+    """
+
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    deleted: dict[str, Int64]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether both versions have the same rows."""
+        return not (self.added or self.removed or self.deleted)
+
+
+def compare_files(old: Gallery, new: Gallery) -> FileDifferences:
+    """Compare the files of two versions of a table.
+
+    Args:
+        old: the table in the older version.
+        new: the table in the newer version.
+    """
+    old_paths = old.list_paths()
+    new_paths = new.list_paths()
+    in_both = set(old_paths).intersection(new_paths)
+    nothing = np.empty(0, np.int64)
+    deleted = {}
+    restored = set()
+    for path in in_both.intersection({*old.deleted_rows, *new.deleted_rows}):
+        before = old.deleted_rows.get(path, nothing)
+        after = new.deleted_rows.get(path, nothing)
+        if len(np.setdiff1d(before, after, assume_unique=True)):
+            restored.add(path)  # another program has brought rows back: all of them are compared
+        elif len(after) > len(before):
+            deleted[path] = np.setdiff1d(after, before, assume_unique=True)
+    return FileDifferences(
+        added=tuple(path for path in new_paths if path not in in_both or path in restored),
+        removed=tuple(sorted(path for path in old_paths if path not in in_both or path in restored)),
+        deleted=dict(sorted(deleted.items())),
+    )
 
 
 def open_table(folder: str, version: int | None = None) -> DeltaTable:
@@ -732,17 +914,6 @@ def _describe_no_gallery(path: str) -> str:
         if not storage.is_remote(path) and os.listdir(path):
             return f"{text}: if it holds photos, `facepipe embed {shlex.quote(path)} GALLERY` makes a gallery of them"
     return f"{text}: `facepipe embed SOURCE {shlex.quote(path)}` makes one"
-
-
-def _drop_ranges(dataset: ds.Dataset, paths: Collection[str]) -> ds.Dataset:
-    """Return a dataset in which a filter cannot tell from the log that these files hold nothing for it."""
-    if not paths:
-        return dataset
-    fragments = [
-        dataset.format.make_fragment(fragment.path, dataset.filesystem) if fragment.path in paths else fragment
-        for fragment in dataset.get_fragments()
-    ]
-    return ds.FileSystemDataset(fragments, dataset.schema, dataset.format, dataset.filesystem)
 
 
 def _refuse_links_to_others(path: str) -> None:

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 from facepipe.errors import FacepipeError, IndexingError
 from facepipe.gallery import Gallery
 from facepipe.gallery.commits.log import find_last_equal_version
+from facepipe.gallery.table import compare_files
 from facepipe.index.manifest import INCOMPLETE, Manifest, exists, load, open_index_store
 from facepipe.index.update import find_changes
 from facepipe.storage import is_remote
@@ -113,14 +114,12 @@ def describe_gaps(gallery: Gallery) -> list[str]:
 def _count_changed(gallery: Gallery, version: int) -> int:
     """Count the faces in files that only one of two versions has; very many if the older one cannot be opened."""
     try:
-        old = Gallery(gallery.path, version).read_sizes()
+        old_gallery = Gallery(gallery.path, version)
+        differences = compare_files(old_gallery, gallery)
     except FacepipeError:
         return _MAX_COMPARED + 1
-    new = gallery.read_sizes()
-    return _count_faces_beside(old, new) + _count_faces_beside(new, old)
-
-
-def _count_faces_beside(files: pa.Table, others: pa.Table) -> int:
-    """Count the faces in files that are not among others."""
-    is_other = pc.is_in(files["path"], value_set=others["path"].combine_chunks())
-    return int(pc.sum(files["faces"].filter(pc.invert(is_other))).as_py() or 0)
+    count = sum(map(len, differences.deleted.values()))
+    for files, paths in ((old_gallery.read_sizes(), differences.removed), (gallery.read_sizes(), differences.added)):
+        is_chosen = pc.is_in(files["path"], value_set=pa.array(paths, pa.string()))
+        count += pc.sum(files["faces"].filter(is_chosen)).as_py() or 0
+    return count

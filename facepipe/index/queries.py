@@ -16,6 +16,7 @@ from facepipe.arrow import read_embeddings
 from facepipe.errors import ConfigError, ContractError, SourceError
 from facepipe.gallery import Contract, Gallery
 from facepipe.gallery.contract import CONTRACT_PROPERTY
+from facepipe.gallery.deletion_vectors import RowChoice
 from facepipe.hashing import hash64
 from facepipe.schema import OK
 from facepipe.sources.parquet import ParquetListing, has_images, list_parquet_files
@@ -59,6 +60,7 @@ class QueryPiece:
         first: Number of the first row.
         column: Column of the vectors.
         fingerprint: Of the file when the search was planned; empty for a gallery's file, which never changes.
+        deleted: Numbers of rows of a gallery's file that the gallery has no more.
     """
 
     path: str
@@ -66,6 +68,7 @@ class QueryPiece:
     first: int = 0
     column: str = "embedding"
     fingerprint: str = ""
+    deleted: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,10 @@ class QuerySource:
             gallery = Gallery(self.path, self.version)
             for entry in sorted(gallery.files(), key=lambda entry: entry["path"]):
                 if entry["faces"]:
-                    yield QueryPiece(storage.join(gallery.faces_folder, entry["path"]), None), entry["faces"]
+                    deleted = gallery.deleted_rows.get(entry["path"])
+                    rows = () if deleted is None else tuple(deleted.tolist())
+                    path = storage.join(gallery.faces_folder, entry["path"])
+                    yield QueryPiece(path, None, deleted=rows), entry["faces"]
             return
         # Other files are cut by row group.
         for file in self.files:
@@ -303,7 +309,10 @@ def read_block(block: QueryBlock, dim: int) -> Iterator[Queries]:
             names = [name for name in _NAME_COLUMNS if name in file.schema_arrow.names]
             names = [name for name in names if _is_name(file.schema_arrow.field(name).type)]
             first = piece.first
-            for batch in file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=[piece.column, *names]):
+            batches = file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=[piece.column, *names])
+            if piece.deleted:
+                batches = RowChoice(np.array(piece.deleted, np.int64)).filter_batches(batches)
+            for batch in batches:
                 if piece.group is None:  # a gallery's file: rows without a face are not queries
                     batch = batch.filter(batch["face_id"].is_valid())
                 if batch.num_rows:

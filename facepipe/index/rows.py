@@ -1,6 +1,6 @@
 """Vectors of a gallery's files on their way into an index: streamed, checked, in the table's order."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from facepipe import storage
 from facepipe.arrow import read_embeddings
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
+from facepipe.gallery.deletion_vectors import RowChoice
 from facepipe.storage.hashtable import HashTable
 from facepipe.types import Bool, Float32, Int64
 
@@ -19,6 +20,7 @@ _BATCH_ROWS = 16384
 # Largest difference of a usable vector's norm from 1.
 _NORM_TOLERANCE = 1e-2
 _MAX_SAMPLED_FILES = 4096
+_NOTHING_DELETED: Mapping[str, Int64] = {}
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ def read_face_rows(
     dim: int,
     only: HashTable | None = None,
     skipped: SkippedRows | None = None,
+    *,
+    deleted: Mapping[str, Int64] = _NOTHING_DELETED,
 ) -> Iterator[FaceRows]:
     """Read the faces of table files, a batch at a time.
 
@@ -76,10 +80,12 @@ def read_face_rows(
         dim: numbers per embedding.
         only: ids to keep; by default all.
         skipped: counts the rows that cannot be searched.
+        deleted: rows that are left out, by path (`Gallery.deleted_rows`).
     """
     skipped = skipped or SkippedRows()
     for path in files:
-        for batch in _read_batches(folder, path, ["face_id", "embedding", "uri", "identity"]):
+        choice = RowChoice(deleted[path]) if path in deleted else None
+        for batch in _read_batches(folder, path, ["face_id", "embedding", "uri", "identity"], choice):
             rows = _to_face_rows(batch, dim, skipped)
             if only is not None and len(rows):
                 rows = rows.filter(only.get(rows.ids.astype(np.uint64))[0])
@@ -87,17 +93,30 @@ def read_face_rows(
                 yield rows
 
 
-def read_face_ids(folder: str, path: str) -> Iterator[pa.RecordBatch]:
-    """Read face_id, identity and uri of the faces in a table file, a batch at a time."""
-    return _read_batches(folder, path, ["face_id", "identity", "uri"])
+def read_face_ids(
+    folder: str, path: str, *, deleted: Mapping[str, Int64] = _NOTHING_DELETED, only: Int64 | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Read face_id, identity and uri of the faces in a table file, a batch at a time.
+
+    Args:
+        folder: of the table.
+        path: of the file, below the folder.
+        deleted: rows that are left out, by path (`Gallery.deleted_rows`).
+        only: numbers of the rows to read, rising, (n,); by default all others.
+    """
+    choice = RowChoice(deleted[path]) if path in deleted else None
+    if only is not None:
+        choice = RowChoice(only, is_kept=True)
+    return _read_batches(folder, path, ["face_id", "identity", "uri"], choice)
 
 
-def _read_batches(folder: str, path: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
+def _read_batches(folder: str, path: str, columns: list[str], choice: RowChoice | None) -> Iterator[pa.RecordBatch]:
     """Read columns of the rows that have a face."""
     full_path = storage.join(folder, path)
     try:
         with storage.open_seekable(full_path) as handle:
-            for batch in pq.ParquetFile(handle).iter_batches(_BATCH_ROWS, columns=columns):
+            batches = pq.ParquetFile(handle).iter_batches(_BATCH_ROWS, columns=columns)
+            for batch in batches if choice is None else choice.filter_batches(batches):
                 faces = batch.filter(batch["face_id"].is_valid()) if batch["face_id"].null_count else batch
                 if faces.num_rows:
                     yield faces
@@ -145,7 +164,7 @@ def sample_vectors(gallery: Gallery, count: int, seed: int) -> Float32:
     share = min(1.0, 1.02 * count / max(1.0, weights.sum()))
     size = 0
     for path in paths:
-        for rows in read_face_rows(gallery.faces_folder, [path], dim):
+        for rows in read_face_rows(gallery.faces_folder, [path], dim, deleted=gallery.deleted_rows):
             picked = rows.vectors if share >= 1 else rows.vectors[rng.random(len(rows)) < share]
             picked = picked[: count - size]
             sample[size : size + len(picked)] = picked

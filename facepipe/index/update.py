@@ -11,6 +11,7 @@ import pyarrow as pa
 from facepipe.errors import GalleryError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.gallery.commits.log import find_last_equal_version
+from facepipe.gallery.table import FileDifferences, compare_files
 from facepipe.index.manifest import INCOMPLETE, Manifest, ShardEntry
 from facepipe.index.rows import read_face_ids
 from facepipe.index.shard import Shard, write_tombstones
@@ -83,14 +84,16 @@ def find_changes(gallery: Gallery, manifest: Manifest, store: Store, compare_all
         compare_all: compare every id instead.
     """
     shards = [Shard(store, entry) for entry in manifest.shards]
-    old_paths = None if compare_all else _list_paths(gallery, manifest.table_version)
+    old_gallery = None if compare_all else _open_old_version(gallery, manifest.table_version)
     files = [TableFile(entry["path"], entry["faces"]) for entry in _sort_files(gallery)]
     # Compare only the files that differ between the two versions, if both can be read.
-    if old_paths is not None:
-        added_files = [file for file in files if file.path not in old_paths]
-        removed_paths = sorted(old_paths - {file.path for file in files})
+    if old_gallery is not None:
+        differences = compare_files(old_gallery, gallery)
+        added = set(differences.added)
+        added_files = [file for file in files if file.path in added]
+        removed = _RemovedFaces(old_gallery, differences)
         try:
-            return _compare(gallery, shards, added_files, removed_paths)
+            return _compare(gallery, shards, added_files, removed)
         except StorageError:
             # A removed file was vacuumed, so that only elimination tells which ids it held. If a current file is
             # missing the comparison below raises as well.
@@ -128,20 +131,44 @@ def _sort_files(gallery: Gallery) -> list[dict[str, Any]]:
     return sorted(gallery.files(), key=lambda entry: entry["path"])
 
 
-def _list_paths(gallery: Gallery, version: int) -> set[str] | None:
+def _open_old_version(gallery: Gallery, version: int) -> Gallery | None:
+    """Open the version of a gallery that an index answers for; None if it cannot be opened."""
     if version == INCOMPLETE:
         return None
     # Entries that change no file may have come since, and the log before them may have been cleaned.
     if find_last_equal_version(gallery.faces_folder, version) >= gallery.version:
-        return set(gallery.list_paths())
+        return gallery
     try:
-        return set(Gallery(gallery.path, version).list_paths())
+        return Gallery(gallery.path, version)
     except GalleryError:
         return None
 
 
+@dataclass(frozen=True)
+class _RemovedFaces:
+    """Faces that were in the table in an older version, and may not be in it now.
+
+    Attributes:
+        old_gallery: the table in the older version.
+        differences: its files compared with those of now.
+    """
+
+    old_gallery: Gallery
+    differences: FileDifferences
+
+    def read_ids(self) -> Iterator[Int64]:
+        """Read their ids, a batch at a time."""
+        folder = self.old_gallery.faces_folder
+        for path in self.differences.removed:
+            for batch in read_face_ids(folder, path, deleted=self.old_gallery.deleted_rows):
+                yield batch["face_id"].to_numpy()
+        for path, rows in self.differences.deleted.items():
+            for batch in read_face_ids(folder, path, only=rows):
+                yield batch["face_id"].to_numpy()
+
+
 def _compare(
-    gallery: Gallery, shards: list[Shard], added_files: list[TableFile], removed_paths: list[str] | None
+    gallery: Gallery, shards: list[Shard], added_files: list[TableFile], removed: _RemovedFaces | None
 ) -> IndexChanges:
     """Compare the ids of added files with those of removed ones.
 
@@ -149,20 +176,20 @@ def _compare(
         gallery: the current table.
         shards: oldest first.
         added_files: files that may hold new faces.
-        removed_paths: files whose faces may be deleted; None for all faces that the shards return.
+        removed: faces that may be deleted; None for all faces that the shards return.
     """
-    changes = IndexChanges([], HashTable(), compared_all=removed_paths is None)
+    changes = IndexChanges([], HashTable(), compared_all=removed is None)
     try:
         # indexed: ids that the index returned and that may be deleted. moved: ids that are still in the table.
         with closing(HashTable()) as indexed, closing(HashTable()) as moved:
             # Note the ids that may be deleted, then find which of them the added files hold.
-            for ids in _read_removed_ids(gallery, shards, removed_paths):
+            for ids in _read_removed_ids(shards, removed):
                 indexed.add(_to_keys(ids))
             restored = [
                 ids for file in added_files for ids in _sort_out(gallery, shards, file, indexed, moved, changes)
             ]
             # Deleted are ids of removed files that did not move. A second pass takes less memory than keeping them.
-            deleted = [ids[~moved.get(_to_keys(ids))[0]] for ids in _read_removed_ids(gallery, shards, removed_paths)]
+            deleted = [ids[~moved.get(_to_keys(ids))[0]] for ids in _read_removed_ids(shards, removed)]
     except BaseException:
         changes.close()
         raise
@@ -187,7 +214,7 @@ def _sort_out(
     assert changes.fresh is not None
     count_before = changes.fresh.count
     faces = 0
-    for batch in read_face_ids(gallery.faces_folder, file.path):
+    for batch in read_face_ids(gallery.faces_folder, file.path, deleted=gallery.deleted_rows):
         ids = batch["face_id"].to_numpy()
         faces += len(ids)
         # Known are ids that the index returns or holds under a tombstone; a new identity or uri makes them new.
@@ -205,13 +232,8 @@ def _sort_out(
         changes.added += new
 
 
-def _read_removed_ids(gallery: Gallery, shards: list[Shard], removed_paths: list[str] | None) -> Iterator[Int64]:
-    if removed_paths is None:
-        yield from read_live_ids(shards)
-        return
-    for path in removed_paths:
-        for batch in read_face_ids(gallery.faces_folder, path):
-            yield batch["face_id"].to_numpy()
+def _read_removed_ids(shards: list[Shard], removed: _RemovedFaces | None) -> Iterator[Int64]:
+    return read_live_ids(shards) if removed is None else removed.read_ids()
 
 
 def read_live_ids(shards: Sequence[Shard]) -> Iterator[Int64]:

@@ -116,5 +116,5 @@ def _compare_ids(table: Gallery, shards: list[Shard]) -> list[str]:
 
 def _read_table_ids(table: Gallery) -> Iterator[Int64]:
     for entry in table.files():
-        for batch in read_face_ids(table.faces_folder, entry["path"]):
+        for batch in read_face_ids(table.faces_folder, entry["path"], deleted=table.deleted_rows):
             yield batch["face_id"].to_numpy()

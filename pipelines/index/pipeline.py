@@ -24,6 +24,7 @@ from facepipe.index.update import IndexChanges, TableFile, add_all, add_tombston
 from facepipe.index.verify import find_damage
 from facepipe.models.runtime.memory import measure_resident_memory
 from facepipe.storage.lease import Lease, hold_lease
+from facepipe.types import Int64
 from pipelines.index.config import IndexConfig, IndexSummary
 from pipelines.runtime.run_record import attach_summary, record_calls
 from pipelines.runtime.runners import ray
@@ -260,7 +261,14 @@ class _IndexBuilder:
             # Of a file that other shards hold in part, only the fresh faces are taken.
             only = None if all(file.whole for file in group) else changes.fresh
             paths = [file.path for file in group]
-            rows = read_face_rows(self._gallery.faces_folder, paths, self._gallery.dim, only, self._skipped)
+            rows = read_face_rows(
+                self._gallery.faces_folder,
+                paths,
+                self._gallery.dim,
+                only,
+                self._skipped,
+                deleted=self._gallery.deleted_rows,
+            )
             entry = build_shard(self._store, template, rows)
             if entry is not None:
                 shards.append(entry)
@@ -296,6 +304,11 @@ class _IndexBuilder:
                 template=template,
                 faces=self._gallery.faces_folder,
                 files=[file.path for file in group],
+                deleted={
+                    file.path: self._gallery.deleted_rows[file.path]
+                    for file in group
+                    if file.path in self._gallery.deleted_rows
+                },
                 dim=self._gallery.dim,
             )
             for group in groups
@@ -375,6 +388,7 @@ class _ShardTask:
         template: The trained, empty index.
         faces: Folder of the table.
         files: Paths below it.
+        deleted: Rows of these files that the table has no more: their numbers, by path.
         dim: Numbers per embedding.
     """
 
@@ -382,6 +396,7 @@ class _ShardTask:
     template: Template
     faces: str
     files: list[str]
+    deleted: dict[str, Int64]
     dim: int
 
 
@@ -396,7 +411,7 @@ class _ShardResult:
 def _build_shard(task: _ShardTask) -> _ShardResult:
     skipped = SkippedRows()
     store = manifests.open_index_store(task.gallery)
-    rows = read_face_rows(task.faces, task.files, task.dim, None, skipped)
+    rows = read_face_rows(task.faces, task.files, task.dim, None, skipped, deleted=task.deleted)
     entry = build_shard(store, task.template, rows)
     if entry is not None:
         store.upload([entry.name])

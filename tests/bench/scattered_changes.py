@@ -1,10 +1,12 @@
-"""What a night reads and writes of the table if changes are scattered over it: touched, missing and relabelled images.
+"""What a night reads and writes of the table if changes are scattered over it.
+
+Images are touched, missing, relabelled, replaced and erased.
 
     python tests/bench/scattered_changes.py [--images 100000 1000000] [--shares 0.001 0.01] [--folder FOLDER]
 
 The table is as compaction leaves it: files of 50,000 rows in the order of uris, an image per row, thumbnails of 2,111 random
-bytes (the mean on LFW). Each step is made twice: with what changes kept apart as marks, and with rows written anew, as it was
-before. Bytes are those of read and write calls of the process (/proc/self/io), so also those that the page cache answers.
+bytes (the mean on LFW). Each step is made twice: with files spared, by marks and by deletion vectors, and with files written anew,
+as it was before. Erased rows are written anew in any case. Bytes are those of read and write calls of the process (/proc/self/io), so also those that the page cache answers.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 from galleries import CONTRACT, Faces, append, rows
 from gallery_io import full
 
@@ -32,8 +35,10 @@ from facepipe.gallery import Gallery
 from facepipe.gallery.commits import rewrite as rewrites
 from facepipe.gallery.commits.committer import Committer
 from facepipe.gallery.commits.parts import PartRecord
+from facepipe.gallery.commits.rewrite import write_new_rows
 from facepipe.gallery.known import KnownImages
 from facepipe.gallery.maintenance.compact import fold_marks
+from facepipe.gallery.maintenance.purge import find_due_files, purge_files
 from facepipe.schema import FACES
 
 THUMB_BYTES = 2_111
@@ -48,6 +53,9 @@ class Usage:
     cpu: float
     read: int
     written: int
+
+
+_MADE_BEFORE: list[Usage] = []
 
 
 def read_usage() -> Usage:
@@ -81,9 +89,11 @@ def choose_uris(path: str, share: float, seed: int) -> list[str]:
 
 def measure(name: str, path: str, work: Callable[..., object], *values: object) -> None:
     """Print what some work reads and writes, in shares of the table as well."""
-    before = read_usage()
+    _MADE_BEFORE[:] = [read_usage()]
     work(path, *values)
     after = read_usage()
+    # What prepares the work is left out.
+    before = _MADE_BEFORE[-1]
     size = sum(file["size_bytes"] for file in Gallery(path).files())
     read = after.read - before.read
     written = after.written - before.written
@@ -102,6 +112,37 @@ def touch(path: str, uris: list[str]) -> None:
 def relabel(path: str, uris: list[str]) -> None:
     labels: dict[str, str | None] = dict.fromkeys(uris, f"label-{time.time_ns()}")
     Committer(Gallery(path), f"run-{time.time_ns()}")([PartRecord(0, relabelled=labels)], {})
+
+
+def replace(path: str, uris: list[str]) -> None:
+    """Commit new rows of images whose content is another one."""
+    gallery = Gallery(path)
+    rng = np.random.default_rng(time.time_ns())
+    rows = gallery.to_arrow(where=ds.field("uri").isin(pa.array(uris)))
+    identifiers = pa.array(rng.integers(1, 1 << 62, rows.num_rows))
+    rows = rows.set_column(0, FACES.field(0), identifiers)
+    before = read_usage()
+    action = write_new_rows(gallery, rows, f"run-{time.time_ns()}")
+    record = PartRecord(0, path=action.path, size=action.size, stats=action.stats, replaced=uris)
+    Committer(gallery, f"run-{time.time_ns()}")([record], {})
+    _MADE_BEFORE.append(before)
+
+
+def erase(path: str, uris: list[str]) -> None:
+    plan = rewrites.plan_rewrite_of_uris(uris, lambda rows, mask: rows.filter(pc.invert(mask)))
+    commit = Committer(Gallery(path), f"run-{time.time_ns()}")
+    commit.commit_actions(lambda: list(rewrites.rewrite_files(Gallery(path), plan)), {})
+
+
+def purge(path: str) -> None:
+    gallery = Gallery(path)
+    commit = Committer(gallery, f"run-{time.time_ns()}")
+    purge_files(gallery, find_due_files(gallery, 30, everything=True), commit)
+
+
+def read_two_columns(path: str) -> None:
+    for _ in Gallery(path).batches(["uri", "identity"], "det_score > 2"):
+        pass
 
 
 def miss(path: str, uris: list[str]) -> None:
@@ -132,19 +173,26 @@ def read_known(path: str) -> None:
     KnownImages(Gallery(path)).close()
 
 
-def measure_share(path: str, share: float) -> None:
+def measure_share(path: str, share: float, *, with_anew: bool) -> None:
     """Measure changes of a share of the images."""
-    uris = choose_uris(path, share, seed=1)
-    others = choose_uris(path, share, seed=2)
-    for name, from_bytes in (("apart", 0), ("anew", 1 << 62)):
-        rewrites._MARKS_FROM_BYTES = from_bytes
+    for seed, (name, from_bytes) in enumerate((("spared", 0), ("anew", 1 << 62))[: 1 + with_anew]):
+        rewrites._SPARED_FROM_BYTES = from_bytes
+        # Others each time: those that have changed lie in a small file of their own.
+        uris = choose_uris(path, share, seed=2 * seed)
+        others = choose_uris(path, share, seed=2 * seed + 1)
         measure(f"{share:.1%} touched, {name}", path, touch, uris)
         measure(f"{share:.1%} missing, {name}", path, miss, others)
         touch(path, others)
-    measure(f"{share:.1%} relabelled", path, relabel, uris)
-    rewrites._MARKS_FROM_BYTES = 0
+        measure(f"{share:.1%} relabelled, {name}", path, relabel, uris)
+        measure(f"{share:.1%} replaced, {name}", path, replace, others)
+        measure("two columns read afterwards", path, read_two_columns)
+    rewrites._SPARED_FROM_BYTES = 0
     touch(path, uris)
     measure(f"{share:.1%} of marks folded", path, fold)
+    relabel(path, uris)
+    replace(path, others)
+    measure("deleted rows purged", path, purge)
+    measure(f"{share:.1%} erased", path, erase, choose_uris(path, share, seed=99))
 
 
 def main() -> None:
@@ -152,6 +200,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.001, 0.01])
     parser.add_argument("--folder")
+    parser.add_argument("--spared-only", action="store_true", help="leave out what writes files anew")
     arguments = parser.parse_args()
     print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.0f}")
     print(f"`python {shlex.join(sys.argv)}`")
@@ -167,7 +216,7 @@ def main() -> None:
         )
         measure("reading what is known", path, read_known)
         for share in arguments.shares:
-            measure_share(path, share)
+            measure_share(path, share, with_anew=not arguments.spared_only)
     if not arguments.folder:
         shutil.rmtree(folder)
 

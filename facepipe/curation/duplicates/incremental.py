@@ -179,10 +179,8 @@ def _read_images(gallery: Gallery, uris: pa.Array) -> pa.Table:
     """Read all rows of some images, with the file that they are in."""
     if not len(uris):
         return _make_empty_table()
-    columns = [*COLUMNS, "__filename"]
-    scanner = gallery.dataset().scanner(columns=columns, filter=ds.field("uri").isin(uris), batch_readahead=2)
-    rows = scanner.to_table().rename_columns([*COLUMNS, _FILE])
-    return pa.concat_tables([_make_empty_table(), add_size_and_side(rows, 0)])
+    parts = [add_size_and_side(rows, 0) for rows in gallery.read_chosen_rows("uri", uris, COLUMNS, file_column=_FILE)]
+    return pa.concat_tables([_make_empty_table(), *parts])
 
 
 def _drop_known(uris: pa.Array, table: pa.Table) -> pa.Array:

@@ -1,7 +1,7 @@
 """The graph's nodes: every face's id and vector in files, sorted by id, so that the table's order does not matter."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
-from facepipe.index.rows import read_face_rows
+from facepipe.index.rows import FaceRows, read_face_rows
 from facepipe.storage import describe_error
 from facepipe.storage.mapped import create_array
 from facepipe.types import Float32, Int64
@@ -71,7 +71,7 @@ def collect_nodes(galleries: Sequence[Gallery], folder: str) -> Nodes:
         position[order] = np.arange(len(order))
         at = 0
         for gallery in galleries:
-            for rows in read_face_rows(gallery.faces_folder, _list_paths(gallery), gallery.dim):
+            for rows in _read_faces(gallery):
                 vectors[position[at : at + len(rows)]] = rows.vectors
                 at += len(rows)
         vectors.flush()
@@ -127,9 +127,10 @@ def find_representatives(vectors: Float32) -> Int64:
 
 
 def _read_ids(gallery: Gallery) -> Int64:
-    parts = [rows.ids for rows in read_face_rows(gallery.faces_folder, _list_paths(gallery), gallery.dim)]
+    parts = [rows.ids for rows in _read_faces(gallery)]
     return np.concatenate([*parts, np.empty(0, np.int64)])
 
 
-def _list_paths(gallery: Gallery) -> list[str]:
-    return sorted(gallery.list_paths())
+def _read_faces(gallery: Gallery) -> Iterator[FaceRows]:
+    paths = sorted(gallery.list_paths())
+    return read_face_rows(gallery.faces_folder, paths, gallery.dim, deleted=gallery.deleted_rows)

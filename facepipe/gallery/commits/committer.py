@@ -3,6 +3,7 @@
 import json
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
@@ -17,8 +18,17 @@ from facepipe.errors import GalleryBusyError, StorageError
 from facepipe.gallery.commits import log
 from facepipe.gallery.commits.damaged import keep_good_rows
 from facepipe.gallery.commits.parts import PartRecord
-from facepipe.gallery.commits.rewrite import Action, MarkImages, make_add_action, read_rows, rewrite_files
+from facepipe.gallery.commits.rewrite import (
+    Action,
+    DeleteRows,
+    MarkImages,
+    PlainTable,
+    make_add_action,
+    read_rows,
+    rewrite_files,
+)
 from facepipe.gallery.commits.row_changes import RowChanges
+from facepipe.gallery.deletion_vectors import Descriptor, RowChoice, decode_rows, encode_rows
 from facepipe.gallery.marks import NO_MARKS, TRANSACTION, Marks, format_name, read_marks, write_marks
 from facepipe.gallery.table import FENCE, Gallery, reopen_table
 from facepipe.storage.conditional import ConflictError
@@ -60,6 +70,8 @@ class Committer:
         self._version = gallery.version
         self._numbers = _read_numbers(gallery, (run, TRANSACTION))
         gallery.require_writable()
+        # Whether files may have deletion vectors. An entry must name the one that a file has.
+        self._has_vectors = gallery.has_deletion_vectors
         # What this run takes for committed must not be lost, even if a run that was killed has written it.
         log.sync_log(gallery.faces_folder)
 
@@ -137,6 +149,14 @@ class Committer:
                     return
         raise GalleryBusyError(f"others keep writing to {self.gallery.path!r}: {_MAX_ATTEMPTS} commits were overtaken")
 
+    def drop_deletion_vectors(self) -> None:
+        """Let the table have deletion vectors no more, so that every reader of Delta reads it, if no file has one."""
+        with self.exclude_commits(), _delay_signals():
+            self._check_new_commits()
+            folder = self.gallery.faces_folder
+            if self._has_vectors and not log.read_deletion_vectors(folder, self._version):
+                self._commit_next([PlainTable()], {"job": FENCE})
+
     @contextmanager
     def exclude_commits(self) -> Iterator[None]:
         """Keep the run's other threads from committing inside the block, and so from having uncommitted rewrites.
@@ -192,11 +212,10 @@ class Committer:
         folder = self.gallery.faces_folder
         version = self._version + 1
         # The transaction's number tells after a lost answer whether the commit is in the table.
-        file_actions = [action for action in actions if isinstance(action, AddAction | RemoveAction)]
-        changed = [log.make_property_action(reopen_table(folder), properties)] if properties else []
-        entry = [*changed, *map(log.encode_action, file_actions), log.encode_transaction(self.run, number)]
+        vectors = self._read_vectors(actions)
+        entry = [*self._encode_actions(actions, properties or {}, vectors), log.encode_transaction(self.run, number)]
         info = {_METADATA_KEY: json.dumps({"run": self.run, "commit": number, **metadata})}
-        old_marks, new_marks = self._change_marks(actions)
+        old_marks, new_marks = self._change_marks(actions, vectors)
         if new_marks != old_marks:
             entry.append(log.encode_transaction(TRANSACTION, new_marks))
             if old_marks:
@@ -211,6 +230,8 @@ class Committer:
                 raise StorageError(f"cannot commit to {self.gallery.path!r}: {error}") from error
         self._require_accepted(version, number)
         self._version = version
+        self._has_vectors |= any(isinstance(action, DeleteRows) for action in actions)
+        self._has_vectors &= not any(isinstance(action, PlainTable) for action in actions)
         self._numbers[self.run] = number
         self._numbers[TRANSACTION] = new_marks
         if log.is_checkpoint_due(version):
@@ -219,22 +240,59 @@ class Committer:
                 reopen_table(folder).cleanup_metadata()
         return True
 
-    def _change_marks(self, actions: list[Action]) -> tuple[int, int]:
+    def _read_vectors(self, actions: list[Action]) -> dict[str, Descriptor]:
+        """Read the deletion vectors that files have now, if actions concern files."""
+        if not self._has_vectors or all(isinstance(action, MarkImages) for action in actions):
+            return {}
+        return log.read_deletion_vectors(self.gallery.faces_folder, self._version)
+
+    def _encode_actions(
+        self, actions: list[Action], properties: Mapping[str, str], vectors: Mapping[str, Descriptor]
+    ) -> list[log.JsonAction]:
+        """Encode what an entry changes: properties of the table, and its files."""
+        folder = self.gallery.faces_folder
+        deletions = [action for action in actions if isinstance(action, DeleteRows)]
+        encoded: list[log.JsonAction] = []
+        if deletions and not self._has_vectors:
+            encoded += log.make_vector_actions(reopen_table(folder), properties)
+        elif any(isinstance(action, PlainTable) for action in actions):
+            encoded += log.make_plain_actions(reopen_table(folder))
+        elif properties:
+            encoded.append(log.make_property_action(reopen_table(folder), properties))
+        # A file leaves the table only if the deletion vector is named that it has.
+        for action in actions:
+            if isinstance(action, AddAction | RemoveAction):
+                encoded.append(log.encode_action(action, vectors.get(action.path)))
+            elif isinstance(action, DeleteRows):
+                old = RemoveAction(action.path, action.data_change, int(time.time() * 1000))
+                new = AddAction(action.path, action.size, {}, action.since_ms, action.data_change, action.stats)
+                encoded.append(log.encode_action(old, vectors.get(action.path)))
+                encoded.append(log.encode_action(new, encode_rows(action.rows)))
+        return encoded
+
+    def _change_marks(self, actions: list[Action], vectors: Mapping[str, Descriptor]) -> tuple[int, int]:
         """Write the marks that the table has after some actions. Returns the number of the old ones and of the new."""
         old = self._numbers[TRANSACTION]
         added = [action.images for action in actions if isinstance(action, MarkImages)]
         removed = [action.path for action in actions if isinstance(action, RemoveAction)]
-        if not added and not (old and removed):
+        deleted = [action.uris for action in actions if isinstance(action, DeleteRows)]
+        if not added and not (old and (removed or deleted)):
             return old, old
         if old != self._marks_number:
             self._marks = read_marks(self.gallery.faces_folder, old)
             self._marks_number = old
         # Rows that are written anew hold what their marks say, and rows that are gone need none.
         marks = self._marks
+        if deleted:
+            marks = marks.drop(pa.concat_arrays(deleted))
         for path in removed:
             if not len(marks):
                 break
-            marks = marks.drop(read_rows(self.gallery, path, ["uri"])["uri"])
+            uris = read_rows(self.gallery, path, ["uri"], with_deleted=True)["uri"]
+            # Images whose rows were deleted from the file may have rows, and marks, elsewhere.
+            if path in vectors:
+                uris = uris.filter(pa.array(RowChoice(decode_rows(vectors[path])).mask(0, len(uris))))
+            marks = marks.drop(uris)
         if added:
             marks = marks.add(pa.concat_tables(added))
         if marks is not self._marks:
@@ -288,13 +346,16 @@ class Committer:
                 elif "txn" in action and action["txn"]["appId"] in self._numbers:
                     self._numbers[action["txn"]["appId"]] = int(action["txn"]["version"])
                 elif "protocol" in action:
-                    Gallery(self.gallery.path).require_writable()
+                    newest = Gallery(self.gallery.path)
+                    newest.require_writable()
+                    self._has_vectors = newest.has_deletion_vectors
         if log.has_later_version(folder, self._version):
             # Entries in between were deleted, and a checkpoint stands for them.
             with _map_errors(self.gallery.path):
                 table = reopen_table(folder)
                 infos += table.history(max(1, table.version() - self._version))
                 self._version = table.version()
+                self._has_vectors = log.has_deletion_vectors(table)
                 self._numbers = {name: int(table.transaction_version(name) or 0) for name in self._numbers}
         return infos
 

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,6 +30,7 @@ from deltalake.transaction import AddAction, RemoveAction
 
 from facepipe import storage
 from facepipe.errors import GalleryError, StorageError
+from facepipe.gallery.deletion_vectors import FEATURE, PROPERTY, Descriptor
 from facepipe.storage import conditional
 from facepipe.storage.aliases import find_table_path
 from facepipe.storage.lease import Lease
@@ -52,7 +54,11 @@ _KEEP_LOG = {
 _READER_VERSION = 1
 _WRITER_VERSION = 2
 # Features that every writer of this version has, by the names that later versions give them.
-_KNOWN_FEATURES = {"appendOnly", "invariants"}
+_OLD_FEATURES = ("appendOnly", "invariants")
+_KNOWN_FEATURES = {*_OLD_FEATURES, FEATURE}
+# With deletion vectors a table has the versions that name features one by one.
+_FEATURES_READER_VERSION = 3
+_FEATURES_WRITER_VERSION = 7
 
 # What deltalake looks at first: the version of the newest checkpoint.
 _HINT = "_last_checkpoint"
@@ -182,13 +188,15 @@ def _change_metadata(
     table: DeltaTable, *, schema: Schema | None = None, configuration: Mapping[str, str] | None = None
 ) -> JsonAction:
     """Make a table's metadata with another schema, or with properties that replace or join its own."""
+    return _replace_configuration(table, {**table.metadata().configuration, **(configuration or {})}, schema)
+
+
+def _replace_configuration(
+    table: DeltaTable, configuration: Mapping[str, str], schema: Schema | None = None
+) -> JsonAction:
     old = table.metadata()
     return _make_metadata(
-        str(old.id),
-        schema or table.schema(),
-        name=old.name,
-        created=old.created_time,
-        configuration={**old.configuration, **(configuration or {})},
+        str(old.id), schema or table.schema(), name=old.name, created=old.created_time, configuration=configuration
     )
 
 
@@ -205,8 +213,101 @@ def require_known_protocol(folder: str, table: DeltaTable) -> None:
         )
 
 
-def encode_action(action: AddAction | RemoveAction) -> JsonAction:
-    """Encode an action for an entry. Its path is as the log has it; no name of ours needs an escape there."""
+def has_deletion_vectors(table: DeltaTable) -> bool:
+    """Tell whether a table may have deletion vectors."""
+    return FEATURE in (table.protocol().reader_features or ())
+
+
+def make_vector_actions(table: DeltaTable, properties: Mapping[str, str]) -> list[JsonAction]:
+    """Make the lines of an entry that let a table have deletion vectors, and set its properties.
+
+    Args:
+        table: the table in its newest version.
+        properties: properties to set.
+    """
+    protocol = table.protocol()
+    writer_features = protocol.writer_features or _OLD_FEATURES
+    upgrade = {
+        "minReaderVersion": _FEATURES_READER_VERSION,
+        "minWriterVersion": _FEATURES_WRITER_VERSION,
+        "readerFeatures": sorted({*(protocol.reader_features or ()), FEATURE}),
+        "writerFeatures": sorted({*writer_features, FEATURE}),
+    }
+    return [{"protocol": upgrade}, make_property_action(table, {PROPERTY: "true", **properties})]
+
+
+def make_plain_actions(table: DeltaTable) -> list[JsonAction]:
+    """Make the lines of an entry after which a table has no deletion vectors, and every reader of Delta reads it.
+
+    Args:
+        table: the table in its newest version, no file of which has a deletion vector.
+    """
+    others = {*(table.protocol().reader_features or ()), *(table.protocol().writer_features or ())} - _KNOWN_FEATURES
+    if others:
+        return []
+    configuration = {name: value for name, value in table.metadata().configuration.items() if name != PROPERTY}
+    protocol = {"protocol": {"minReaderVersion": _READER_VERSION, "minWriterVersion": _WRITER_VERSION}}
+    return [protocol, _replace_configuration(table, configuration)]
+
+
+def read_deletion_vectors(folder: str, version: int) -> dict[str, Descriptor]:
+    """Read which files of a version have deletion vectors, as the log has them, by path.
+
+    Args:
+        folder: path or URL of the table.
+        version: the version.
+
+    Raises:
+        StorageError: the log does not go back so far, or cannot be read.
+    """
+    vectors: dict[str, Descriptor] = {}
+    first = 0
+    # Begin with the newest checkpoint that is not newer than the version.
+    checkpoints: dict[int, list[str]] = {}
+    for name in storage.list_names(storage.join(folder, LOG)):
+        match = _VERSIONED.fullmatch(name)
+        if match and name.endswith(".parquet") and int(match[1]) <= version:
+            checkpoints.setdefault(int(match[1]), []).append(name)
+    if checkpoints:
+        newest = max(checkpoints)
+        first = newest + 1
+        for name in checkpoints[newest]:
+            vectors |= _read_checkpoint_vectors(storage.join(folder, LOG, name))
+    entries = read_entries(folder, first - 1)
+    for number in range(first, version + 1):
+        actions = next(entries, None)
+        if actions is None:
+            raise StorageError(f"entry {number} of the log of {folder!r} is not there")
+        removed = [action["remove"]["path"] for action in actions if "remove" in action]
+        for path in removed:
+            vectors.pop(unquote(path), None)
+        for action in actions:
+            add = action.get("add")
+            if add and add.get("deletionVector"):
+                vectors[unquote(add["path"])] = add["deletionVector"]
+    return vectors
+
+
+def _read_checkpoint_vectors(path: str) -> dict[str, Descriptor]:
+    try:
+        with storage.open_seekable(path) as handle, pq.ParquetFile(handle) as file:
+            added = file.schema_arrow.field("add").type
+            if added.get_field_index("deletionVector") < 0:
+                return {}
+            rows = file.read(["add.path", "add.deletionVector"])["add"].to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise StorageError(f"cannot read {path!r}: {storage.describe_error(error)}") from error
+    return {unquote(add["path"]): add["deletionVector"] for add in rows if add and add["deletionVector"]}
+
+
+def encode_action(action: AddAction | RemoveAction, vector: Descriptor | None = None) -> JsonAction:
+    """Encode an action for an entry. Its path is as the log has it; no name of ours needs an escape there.
+
+    Args:
+        action: the action.
+        vector: the deletion vector of the file. A file is removed only if the vector is named that it has.
+    """
+    more = {"deletionVector": vector} if vector else {}
     if isinstance(action, RemoveAction):
         return {
             "remove": {
@@ -214,6 +315,7 @@ def encode_action(action: AddAction | RemoveAction) -> JsonAction:
                 "dataChange": action.data_change,
                 "deletionTimestamp": action.deletion_timestamp,
                 "extendedFileMetadata": False,
+                **more,
             }
         }
     return {
@@ -224,6 +326,7 @@ def encode_action(action: AddAction | RemoveAction) -> JsonAction:
             "modificationTime": action.modification_time,
             "dataChange": action.data_change,
             "stats": action.stats,
+            **more,
         }
     }
 

@@ -243,9 +243,15 @@ def compute_statistics(table: pa.Table, known_nulls: Mapping[str, int] | None = 
         # Vectors and bytes get no range: no filter compares them.
         if has_range(column.type) and column.null_count < len(column):
             limits = pc.min_max(column).as_py()
-            minima[name] = _to_json_value(limits["min"])
-            maxima[name] = _to_json_value(limits["max"])
-    statistics = {"numRecords": table.num_rows, "minValues": minima, "maxValues": maxima, "nullCount": null_counts}
+            minima[name] = to_json_value(limits["min"])
+            maxima[name] = to_json_value(limits["max"])
+    return encode_statistics(
+        {"numRecords": table.num_rows, "minValues": minima, "maxValues": maxima, "nullCount": null_counts}
+    )
+
+
+def encode_statistics(statistics: Mapping[str, Any]) -> str:
+    """Encode the statistics of a file as JSON."""
     # Characters are written as they are: Arrow's reader of the log joins the two halves of an escaped one wrongly.
     text = json.dumps(statistics, ensure_ascii=False)
     # Some tools take these for the end of a line of the log.
@@ -259,7 +265,8 @@ def has_range(kind: pa.DataType) -> bool:
     return not pa.types.is_nested(kind) and not pa.types.is_binary(kind)
 
 
-def _to_json_value(value: Any) -> Any:
+def to_json_value(value: Any) -> Any:
+    """Convert a value of a column to one that JSON can hold in the log."""
     if isinstance(value, datetime):
         return value.isoformat(timespec="microseconds").replace("+00:00", "Z")
     return value

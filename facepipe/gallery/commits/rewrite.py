@@ -1,4 +1,8 @@
-"""Delete or change rows by writing their files anew: removed and added files are one transaction."""
+"""Delete or change rows: removed and added files are one transaction.
+
+A file is written anew if it is small, or if many of its rows change. Of a few rows in large files the log says that
+they are deleted, and what they become is written to a new file. What marks can hold changes no file at all.
+"""
 
 import secrets
 import time
@@ -7,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -14,21 +19,35 @@ from deltalake.transaction import AddAction, RemoveAction
 
 from facepipe import storage
 from facepipe.errors import StorageError
-from facepipe.gallery.commits.parts import compute_statistics, encode_parquet, parse_digest
+from facepipe.gallery.chosen_rows import read_numbered_rows
+from facepipe.gallery.commits.parts import (
+    compute_statistics,
+    encode_parquet,
+    encode_statistics,
+    parse_digest,
+    to_json_value,
+)
+from facepipe.gallery.deletion_vectors import RowChoice
 from facepipe.gallery.marks import KEY, NO_MARKS, SCHEMA, make_marks, needs_marks
 from facepipe.gallery.table import Gallery
 from facepipe.hashing import compute_image_id
 from facepipe.schema import FACES, conform
+from facepipe.storage.table_access import open_arrow_filesystem
+from facepipe.types import Bool, Int64
 
 # In the names of files that hold rows which were in the table before.
 REWRITE = "rewrite"
 COMPACT = "compact"
 
-# A change of a few columns is kept apart from rows, as marks, if the files would come to more bytes than this. Of fewer
-# bytes a new file costs little, and other programs see the change at once.
-_MARKS_FROM_BYTES = 64 << 20
+# Files are spared, by marks and deletion vectors, if they would come to more bytes than this. Of fewer bytes new files
+# cost little, other programs see marks at once, and all of them can read the table.
+_SPARED_FROM_BYTES = 64 << 20
 # A file in which more of the rows change is written anew at once.
-_MARKED_SHARE = 0.1
+_SPARED_SHARE = 0.1
+# So is one of which more of the rows would be deleted ones.
+_MOST_DELETED = 0.2
+# Rows that leave files which are spared are gathered to files of so many rows.
+_MOVED_ROWS = 65536
 # Marks of a gallery at most: all readers hold them.
 MOST_MARKS = 2_000_000
 
@@ -44,7 +63,37 @@ class MarkImages:
     images: pa.Table
 
 
-Action: TypeAlias = AddAction | RemoveAction | MarkImages
+@dataclass(frozen=True)
+class DeleteRows:
+    """An action that deletes rows of a file, and leaves the file as it is.
+
+    Attributes:
+        path: Path of the file.
+        size: Its bytes.
+        stats: Its statistics for the log, as JSON.
+        rows: Numbers of all its deleted rows, those of before included, rising, (n,).
+        since_ms: When the first of them were deleted, in milliseconds since 1970.
+        uris: Images of the rows that this action deletes.
+        data_change: Whether readers lose or gain rows by it.
+    """
+
+    path: str
+    size: int
+    stats: str
+    rows: Int64
+    since_ms: int
+    uris: pa.Array
+    data_change: bool
+
+
+@dataclass(frozen=True)
+class PlainTable:
+    """An action by which a table whose files have no deleted rows says that they never will."""
+
+
+Action: TypeAlias = AddAction | RemoveAction | MarkImages | DeleteRows | PlainTable
+DELETED_COLUMNS = ("uri", "image_id", "identity", "face_id")
+"""Columns by which a rewrite finds deleted rows that must not stay on disk."""
 Change: TypeAlias = Callable[[pa.Table, pa.BooleanArray], pa.Table]
 
 
@@ -59,7 +108,11 @@ class Rewrite:
         may_match: Whether a file, as `Gallery.files` describes it, can hold such rows.
         data_change: Whether readers lose or gain rows by it.
         change_marked: Makes the same change in the columns that marks can hold, from rows of `marks.SCHEMA` which are
-            concerned; None if the rows have to be written anew. Absent: they always have to.
+            concerned. It returns the rows of those images for which that is the whole change. Absent: of none.
+        keeps: Given if `change` treats each row by itself, and each image as a whole. Tells from rows of
+            `marks.SCHEMA` that are concerned which of them `change` keeps.
+        purges: Tells which deleted rows must not stay on disk, from rows of DELETED_COLUMNS. Their files are written
+            anew.
         deletes: Whether `change` deletes the rows concerned, and does nothing else. A file of which all rows go is then
             not read.
     """
@@ -69,7 +122,9 @@ class Rewrite:
     change: Change
     may_match: Callable[[dict[str, Any]], bool] = lambda file: True
     data_change: bool = True
-    change_marked: Callable[[pa.Table], pa.Table | None] | None = None
+    change_marked: Callable[[pa.Table], pa.Table] | None = None
+    keeps: Callable[[pa.Table], pa.BooleanArray] | None = None
+    purges: Callable[[pa.Table], pa.BooleanArray] | None = None
     deletes: bool = False
 
 
@@ -97,55 +152,160 @@ def rewrite_files(gallery: Gallery, rewrite: Rewrite, trace: RewriteTrace | None
         trace: filled in, if it is given.
     """
     # In the order of uris: a change that counts images, or gives them out, then does not depend on who wrote the files.
-    deferrable: list[_DeferrableFile] = []
+    spared: list[_SparedFile] = []
     for file in sorted(gallery.files(), key=lambda file: (file["min.uri"] or "", file["path"])):
-        if not rewrite.may_match(file):
+        must_go = rewrite.purges is not None and _holds_deleted(gallery, file["path"], rewrite.purges)
+        if not (must_go or rewrite.may_match(file)):
             continue
         # Read the few columns of the test first; the whole file is read only if a row matches.
         mask = rewrite.matches(read_rows(gallery, file["path"], rewrite.columns))
-        if not pc.any(mask).as_py():
+        if not (must_go or pc.any(mask).as_py()):
             continue
-        marks = _make_file_marks(gallery, file["path"], rewrite, mask)
-        if marks is None:
+        plan = None if must_go else _plan_sparing(gallery, file, rewrite, mask)
+        if plan is None:
             yield from _rewrite_file(gallery, file["path"], mask, rewrite, trace)
         else:
-            deferrable.append(_DeferrableFile(file["path"], file["size_bytes"], mask, marks))
-    if deferrable and _is_worth_marks(gallery, deferrable):
-        yield MarkImages(pa.concat_tables([file.marks for file in deferrable]))
+            spared.append(plan)
+    if spared and _is_worth_sparing(gallery, spared):
+        yield from _spare_files(gallery, spared, rewrite)
         return
-    for deferred in deferrable:
-        yield from _rewrite_file(gallery, deferred.path, deferred.mask, rewrite, trace)
+    for plan in spared:
+        yield from _rewrite_file(gallery, plan.file["path"], plan.mask, rewrite, trace)
 
 
 @dataclass(frozen=True)
-class _DeferrableFile:
-    """A file whose rows need not be written anew.
+class _SparedFile:
+    """A file that need not be written anew.
 
     Attributes:
-        path: its path below the table's folder.
-        size: its bytes.
-        mask: which rows are concerned.
+        file: the file, as `Gallery.files` describes it.
+        mask: which of its rows are concerned.
         marks: what to keep apart instead.
+        deleted: numbers of the rows to delete, (n,).
+        moved: whether each of them comes back in another file, (n,).
+        uris: images of these rows.
+        faces: how many of these rows have a face.
     """
 
-    path: str
-    size: int
+    file: dict[str, Any]
     mask: pa.BooleanArray
     marks: pa.Table
+    deleted: Int64
+    moved: Bool
+    uris: pa.Array
+    faces: int
 
 
-def _is_worth_marks(gallery: Gallery, files: list[_DeferrableFile]) -> bool:
+def _holds_deleted(gallery: Gallery, path: str, find: Callable[[pa.Table], pa.BooleanArray]) -> bool:
+    """Tell whether a file holds deleted rows that must not stay on disk."""
+    deleted = gallery.deleted_rows.get(path)
+    if deleted is None:
+        return False
+    rows = read_rows(gallery, path, DELETED_COLUMNS, with_deleted=True).take(pa.array(deleted))
+    return bool(pc.any(find(rows)).as_py())
+
+
+def _is_worth_sparing(gallery: Gallery, files: list[_SparedFile]) -> bool:
     """Tell whether writing files anew would write many bytes for a few values each."""
     count = len(gallery.marks) + sum(file.marks.num_rows for file in files)
-    return sum(file.size for file in files) >= _MARKS_FROM_BYTES and count <= MOST_MARKS
+    return sum(file.file["size_bytes"] for file in files) >= _SPARED_FROM_BYTES and count <= MOST_MARKS
 
 
-def _make_file_marks(gallery: Gallery, path: str, rewrite: Rewrite, mask: pa.BooleanArray) -> pa.Table | None:
-    """Make the marks that say the same as a change of a file's rows; None if the file has to be written anew."""
-    if rewrite.change_marked is None or (pc.sum(mask).as_py() or 0) > _MARKED_SHARE * len(mask):
+def _plan_sparing(
+    gallery: Gallery, file: dict[str, Any], rewrite: Rewrite, mask: pa.BooleanArray
+) -> _SparedFile | None:
+    """Plan how a file's rows change without writing it anew; None if it has to be."""
+    if rewrite.change_marked is None and rewrite.keeps is None:
         return None
-    changed = rewrite.change_marked(read_rows(gallery, path, SCHEMA.names).filter(mask))
-    return None if changed is None else make_marks(changed)
+    is_concerned = np.asarray(mask).astype(bool)
+    if is_concerned.sum() > _SPARED_SHARE * len(is_concerned):
+        return None
+    rows = read_rows(gallery, file["path"], [*SCHEMA.names, "face_id"]).filter(mask)
+    marked = SCHEMA.empty_table()
+    if rewrite.change_marked is not None:
+        marked = rewrite.change_marked(rows.select(SCHEMA.names))
+    # What marks cannot hold is deleted here, and comes back in another file.
+    is_left = pc.invert(pc.is_in(rows["uri"], marked["uri"].combine_chunks()))
+    rest = rows.filter(is_left)
+    if rest.num_rows and rewrite.keeps is None:
+        return None
+    numbers = _number_rows(gallery, file)[is_concerned][np.asarray(is_left).astype(bool)]
+    is_kept = np.ones(0, bool)
+    if rest.num_rows and rewrite.keeps is not None:
+        is_kept = np.asarray(rewrite.keeps(rest)).astype(bool)
+    before = file["num_records"] - file["rows"]
+    if before + len(numbers) > _MOST_DELETED * file["num_records"]:
+        return None
+    faces = rest.num_rows - rest["face_id"].null_count
+    uris = rest["uri"].combine_chunks()
+    return _SparedFile(file, mask, make_marks(marked), numbers, is_kept, uris, faces)
+
+
+def _number_rows(gallery: Gallery, file: dict[str, Any]) -> Int64:
+    """List the numbers of the rows of a file that are not deleted, (n,)."""
+    return np.delete(np.arange(file["num_records"]), gallery.deleted_rows.get(file["path"], np.empty(0, np.int64)))
+
+
+def _spare_files(gallery: Gallery, files: list[_SparedFile], rewrite: Rewrite) -> Iterator[Action]:
+    """Yield the actions that change rows of files and leave the files as they are."""
+    marks = [file.marks for file in files if file.marks.num_rows]
+    if marks:
+        yield MarkImages(pa.concat_tables(marks))
+    with_deleted = [file for file in files if len(file.deleted)]
+    statistics = gallery.read_statistics([file.file["path"] for file in with_deleted])
+    moved: list[pa.Table] = []
+    count = 0
+    for file in with_deleted:
+        rows = _read_moved_rows(gallery, file)
+        yield _make_deletion(gallery, file, statistics[file.file["path"]], rewrite.data_change)
+        if rows.num_rows:
+            moved.append(rewrite.change(rows, pa.array([True] * rows.num_rows)))
+            count += rows.num_rows
+        if count >= _MOVED_ROWS:
+            yield write_rows(gallery, pa.concat_tables(moved), REWRITE, rewrite.data_change)[0]
+            moved = []
+            count = 0
+    if count:
+        yield write_rows(gallery, pa.concat_tables(moved), REWRITE, rewrite.data_change)[0]
+
+
+def _read_moved_rows(gallery: Gallery, file: _SparedFile) -> pa.Table:
+    """Read the rows that leave a file for another one, with what the marks say."""
+    path = file.file["path"]
+    numbers = file.deleted[file.moved]
+    if not len(numbers):
+        return FACES.empty_table()
+    try:
+        with open_arrow_filesystem(gallery.faces_folder).open_input_file(path) as opened:
+            rows = conform(read_numbered_rows(opened, numbers, FACES.names))
+    except (OSError, pa.ArrowException) as error:
+        full_path = storage.join(gallery.faces_folder, path)
+        raise StorageError(f"cannot read {full_path!r}: {str(error).splitlines()[0]}") from error
+    return gallery.marks.apply(rows)
+
+
+def _make_deletion(gallery: Gallery, plan: _SparedFile, statistics: dict[str, Any], data_change: bool) -> DeleteRows:
+    """Make the action that deletes rows of a file."""
+    file = plan.file
+    before = gallery.deleted_rows.get(file["path"], np.empty(0, np.int64))
+    now_ms = int(time.time() * 1000)
+    # With deleted rows, ranges are those of more rows than there are. Deleted rows count as rows without a face, which
+    # Delta allows, so that the log still tells the number of faces.
+    nulls = {**statistics["nullCount"], "face_id": file["num_records"] - (file["faces"] - plan.faces)}
+    limits = {
+        name: {column: to_json_value(value) for column, value in statistics[name].items()}
+        for name in ("minValues", "maxValues")
+    }
+    stats = encode_statistics({**statistics, **limits, "nullCount": nulls, "tightBounds": False})
+    return DeleteRows(
+        path=file["path"],
+        size=file["size_bytes"],
+        stats=stats,
+        rows=np.union1d(before, plan.deleted),
+        since_ms=file["modification_time"] if len(before) else now_ms,
+        uris=plan.uris,
+        data_change=data_change,
+    )
 
 
 def _rewrite_file(
@@ -176,9 +336,10 @@ def plan_rewrite_of_uris(
     uris: Iterable[str],
     change: Change,
     data_change: bool = True,
-    change_marked: Callable[[pa.Table], pa.Table | None] | None = None,
+    change_marked: Callable[[pa.Table], pa.Table] | None = None,
+    keeps: Callable[[pa.Table], pa.BooleanArray] | None = None,
 ) -> Rewrite:
-    """Plan a change of the files that hold these uris."""
+    """Plan a change of the files that hold these uris. See `Rewrite` for the arguments."""
     ordered = sorted(uris)
     wanted = pa.array(ordered, pa.string())
 
@@ -194,16 +355,20 @@ def plan_rewrite_of_uris(
         may_match=may_match,
         data_change=data_change,
         change_marked=change_marked,
+        keeps=keeps,
     )
 
 
-def read_rows(gallery: Gallery, path: str, columns: Sequence[str] | None = None) -> pa.Table:
+def read_rows(
+    gallery: Gallery, path: str, columns: Sequence[str] | None = None, *, with_deleted: bool = False
+) -> pa.Table:
     """Read a file of the table, with what the marks say; columns that it lacks, because it is older, are null.
 
     Args:
         gallery: the gallery.
         path: path of the file below the table's folder.
         columns: names of columns, all by default.
+        with_deleted: include deleted rows that the file still holds.
 
     Raises:
         StorageError: the file cannot be read.
@@ -219,6 +384,9 @@ def read_rows(gallery: Gallery, path: str, columns: Sequence[str] | None = None)
             rows = conform(parquet.read(names), schema)
     except (OSError, pa.ArrowException) as error:
         raise StorageError(f"cannot read {full_path!r}: {str(error).splitlines()[0]}") from error
+    deleted = gallery.deleted_rows.get(path)
+    if deleted is not None and not with_deleted:
+        rows = rows.filter(pa.array(RowChoice(deleted).mask(0, rows.num_rows)))
     return marks.apply(rows).select(wanted)
 
 

@@ -37,13 +37,17 @@ class RowChanges:
             self._change_rows,
             data_change=bool(self.replaced or self.relabelled),
             change_marked=self._change_marked,
+            keeps=self._find_kept,
         )
 
-    def _change_marked(self, rows: pa.Table) -> pa.Table | None:
-        """Change fingerprints of rows; None if other changes concern them as well."""
-        uris = set(rows["uri"].to_pylist())
-        if not uris <= self.touched.keys() or not uris.isdisjoint(self.replaced | self.relabelled.keys()):
-            return None
+    def _find_kept(self, rows: pa.Table) -> pa.BooleanArray:
+        return pa.array([uri not in self.replaced for uri in rows["uri"].to_pylist()], pa.bool_())
+
+    def _change_marked(self, rows: pa.Table) -> pa.Table:
+        """Change fingerprints of rows, and leave out those that other changes concern as well."""
+        others = self.replaced | self.relabelled.keys()
+        is_only_touched = [uri in self.touched and uri not in others for uri in rows["uri"].to_pylist()]
+        rows = rows.filter(pa.array(is_only_touched, pa.bool_()))
         rows = _set_marked(rows, "fingerprint", [self.touched[uri] for uri in rows["uri"].to_pylist()])
         return _set_marked(rows, "missing_since", [None] * rows.num_rows)
 

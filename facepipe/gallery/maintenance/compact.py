@@ -48,11 +48,14 @@ class CompactConfig:
         target_bytes: Size of a joined file; files of less than half of it are joined.
         fewest: Small files from which a run is worth its cost.
         keep_hours: Hours after which files that left the table are deleted; readers of an older version have so long.
+        purge_days: Days after which rows that were replaced or relabelled are gone from the disk, if compaction is run
+            every day.
     """
 
     target_bytes: int = 128 << 20
     fewest: int = 32
     keep_hours: float = 24.0
+    purge_days: float = 30.0
 
 
 def plan_compaction(
@@ -138,11 +141,12 @@ def compact_files(gallery: Gallery, groups: list[FileGroup], commit: Committer) 
 
 def _join_group(gallery: Gallery, group: FileGroup) -> list[Action]:
     """Write one file with the rows of a group; return the actions that replace the group by it."""
-    paths = set(Gallery(gallery.path).list_paths())
+    current = Gallery(gallery.path)
+    paths = set(current.list_paths())
     if not all(file["path"] in paths for file in group):
         return []  # another commit removed one of them: the next run starts from what is there
-    rows = pa.concat_tables([read_rows(gallery, file["path"]) for file in group]).sort_by("uri")
-    action, _ = write_rows(gallery, rows, COMPACT, data_change=False)
+    rows = pa.concat_tables([read_rows(current, file["path"]) for file in group]).sort_by("uri")
+    action, _ = write_rows(current, rows, COMPACT, data_change=False)
     return [*(make_remove_action(file["path"], data_change=False) for file in group), action]
 
 

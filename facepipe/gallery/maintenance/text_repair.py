@@ -100,6 +100,8 @@ def _make_range_actions(gallery: Gallery, paths: frozenset[str]) -> Iterator[Act
     for file in gallery.read_null_counts(wide_columns):
         path = file.pop("path")
         size = file.pop("size_bytes")
+        if path in gallery.deleted_rows:
+            continue  # compaction writes it anew
         if path in doubtful:
             known_nulls = {name: count for name, count in file.items() if count is not None}
             rows = _read_columns(gallery, path, [name for name in FACES.names if name not in known_nulls])

@@ -16,6 +16,7 @@ from facepipe.arrow import to_vectors
 from facepipe.errors import StorageError
 from facepipe.gallery.commits.log import list_empty_entries
 from facepipe.gallery.commits.parts import parse_digest
+from facepipe.gallery.deletion_vectors import RowChoice
 from facepipe.gallery.marks import NO_MARKS
 from facepipe.gallery.table import Gallery
 from facepipe.hashing import compute_face_id, hash64_column
@@ -111,7 +112,14 @@ def _read_file(gallery: Gallery, file: dict[str, Any], result: Verification) -> 
     table = pq.ParquetFile(pa.BufferReader(data)).read()
     if table.num_rows != file["num_records"]:
         result.add(f"{file['path']}: {table.num_rows} rows, the log says {file['num_records']}")
-    return conform(table)  # files of older galleries lack newer columns
+    table = conform(table)  # files of older galleries lack newer columns
+    deleted = gallery.deleted_rows.get(file["path"])
+    if deleted is None:
+        return table
+    if len(deleted) and deleted[-1] >= table.num_rows:
+        result.add(f"{file['path']}: the log deletes row {deleted[-1]}, and there are {table.num_rows}")
+        return table
+    return table.filter(pa.array(RowChoice(deleted).mask(0, table.num_rows)))
 
 
 def _check_text(

@@ -27,8 +27,8 @@ MARK = {"missing": {"policy": "mark", "at_most": 0.9}}
 @pytest.fixture(autouse=True)
 def always_mark(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep changes apart however small the table is."""
-    monkeypatch.setattr(rewrites, "_MARKS_FROM_BYTES", 0)
-    monkeypatch.setattr(rewrites, "_MARKED_SHARE", 1.0)
+    monkeypatch.setattr(rewrites, "_SPARED_FROM_BYTES", 0)
+    monkeypatch.setattr(rewrites, "_SPARED_SHARE", 1.0)
 
 
 @pytest.fixture
