@@ -273,6 +273,8 @@ def holds_image(text: str) -> bool:
     """Tell whether a text is an image itself, as a `data:` URL or in base64, or too long to name one."""
     if text.startswith("data:") or len(text) > _MAX_NAME:
         return True
+    if "\t" in text:  # a line of a table that was not read as one
+        return any(holds_image(field) for field in text.split("\t"))
     # No file name looks like this: base64 of an image's first bytes, and no dot in hundreds of characters.
     return text.startswith(_BASE64_STARTS) and _BASE64.fullmatch(text) is not None
 

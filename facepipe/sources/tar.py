@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from facepipe.errors import StorageError
 from facepipe.hashing import hash64
+from facepipe.sources.archive_reader import ArchiveReader
 from facepipe.sources.containers.gzip_stream import is_packed_tar, open_packed_tar
 from facepipe.sources.extensions import IMAGE_EXTENSIONS, get_extension, is_hidden
 from facepipe.sources.identity import Identify
@@ -54,7 +55,7 @@ class _Container:
     relative: str
 
 
-class TarReader:
+class TarReader(ArchiveReader):
     """Lists the items of tar files.
 
     Labels come from `KEY.cls`, or from a field of `KEY.json`, beside `KEY.jpg`. As in WebDataset, the key of a member
@@ -79,10 +80,8 @@ class TarReader:
             selection: which members are listed; by default all but those in folders of systems.
             passed_over: counts the members that are not listed.
         """
-        self._identify = identify
+        super().__init__(identify, selection, passed_over)
         self._fields = LABEL_COLUMNS if label_column is None else (label_column,)
-        self._selection = selection or Selection()
-        self._passed_over = passed_over or PassedOver()
 
     def list_items(self, path: str, relative: str = "") -> Iterator[WorkItem]:
         """Yield the items of one tar; a header that cannot be read ends the shard with an item that says so.

@@ -13,10 +13,10 @@ from contextlib import suppress
 from typing import BinaryIO, NamedTuple
 
 from facepipe.errors import StorageError
+from facepipe.sources.archive_reader import ArchiveReader
 from facepipe.sources.extensions import is_hidden
-from facepipe.sources.identity import Identify
 from facepipe.sources.item import WorkItem, escape_name, make_broken_item, make_file_uri, make_member_uri
-from facepipe.sources.selection import OTHER, PassedOver, Selection
+from facepipe.sources.selection import OTHER
 from facepipe.storage import get_open_fingerprint, is_special_file, open_seekable
 
 LOCK_FILE = "lock.mdb"
@@ -199,20 +199,8 @@ def _get_child(page: bytes, at: int) -> int:
     return int(low | high << 16 | top << 32)
 
 
-class LmdbReader:
+class LmdbReader(ArchiveReader):
     """Lists the images of LMDB files. The label of `image-7` may be the value of `label-7`."""
-
-    def __init__(self, identify: Identify, selection: Selection | None = None, passed_over: PassedOver | None = None):
-        """Make a reader.
-
-        Args:
-            identify: makes an identity from a key and a label.
-            selection: which keys are listed; by default all but those in folders of systems.
-            passed_over: counts the keys that are not listed.
-        """
-        self._identify = identify
-        self._selection = selection or Selection()
-        self._passed_over = passed_over or PassedOver()
 
     def list_items(self, path: str, relative: str = "") -> Iterator[WorkItem]:
         """Yield the items of one file; what cannot be read becomes an item that says so.

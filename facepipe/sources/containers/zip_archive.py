@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from facepipe.errors import StorageError
+from facepipe.sources.archive_reader import ArchiveReader
 from facepipe.sources.extensions import IMAGE_EXTENSIONS, get_extension, is_hidden
-from facepipe.sources.identity import Identify
 from facepipe.sources.item import WorkItem, make_broken_item, make_file_uri, make_member_uri
-from facepipe.sources.selection import NESTED_ARCHIVE, OTHER, PassedOver, Selection, is_archive
+from facepipe.sources.selection import NESTED_ARCHIVE, OTHER, is_archive
 from facepipe.storage import TooLargeError, get_open_fingerprint, is_special_file, open_seekable
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
@@ -37,20 +37,8 @@ _UNREADABLE = (
 )
 
 
-class ZipReader:
+class ZipReader(ArchiveReader):
     """Lists the images of zip archives. Names are only names: nothing is written, and no link is followed."""
-
-    def __init__(self, identify: Identify, selection: Selection | None = None, passed_over: PassedOver | None = None):
-        """Make a reader.
-
-        Args:
-            identify: makes an identity from a member's name.
-            selection: which members are listed; by default all but those in folders of systems.
-            passed_over: counts the members that are not listed.
-        """
-        self._identify = identify
-        self._selection = selection or Selection()
-        self._passed_over = passed_over or PassedOver()
 
     def list_items(self, path: str, relative: str = "") -> Iterator[WorkItem]:
         """Yield the items of one archive; what cannot be read becomes an item that says so.

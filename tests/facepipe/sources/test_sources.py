@@ -1,5 +1,6 @@
 """Every source lists the same images; nothing is lost, whatever the names and files are like."""
 
+import base64
 import csv
 import errno
 import io
@@ -9,6 +10,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -316,6 +318,18 @@ def test_a_list_of_bytes(tmp_path: Path) -> None:
     assert [item.uri for item in items(tmp_path / "list.txt")][:2] == ["file:///x/%AC.jpg"] * 2
     (tmp_path / "long.csv").write_bytes(b"path,identity\na.jpg,1\n" + b"n" * 1_000_000 + b",2\nb.jpg,3\n")
     assert [item.identity for item in items(tmp_path / "long.csv")] == ["1", None, "3"]
+
+
+def test_a_photo_that_is_called_a_list_is_no_list(tmp_path: Path) -> None:
+    """Its bytes would become names, and lie in the gallery."""
+    photo = b"\xff\xd8\xff\xe0\x00\x10JFIF" + np.random.default_rng(1).bytes(3000)
+    (tmp_path / "list.txt").write_bytes(photo)
+    with pytest.raises(SourceError, match=r"list\.txt' is no text: it holds binary data"):
+        items(tmp_path / "list.txt")
+    encoded = base64.b64encode(photo).decode()
+    (tmp_path / "faces.tsv").write_text(f"a/1.jpg\tAnn\nx\thttp://a/b\t{encoded}\t0\na/2.jpg\tBob\n")
+    found = items(tmp_path / "faces.tsv")
+    assert all(len(item.uri) < 300 + len(str(tmp_path)) for item in found)
 
 
 def test_devices_and_fifos_are_never_opened(tmp_path: Path) -> None:
