@@ -6,6 +6,7 @@ Their room on the disk is taken beforehand. If a page found none later, SIGBUS w
 import mmap
 import os
 import tempfile
+import weakref
 from contextlib import suppress
 from typing import IO, Any
 
@@ -14,6 +15,8 @@ import numpy.typing as npt
 
 from facepipe.errors import StorageError
 from facepipe.storage.error_text import describe_error
+
+_MIN_FILE_BYTES = 1 << 20  # of an array that is worth a file
 
 
 def create_array(path: str, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> "np.memmap[Any, np.dtype[Any]]":
@@ -69,6 +72,64 @@ def map_temporary_file(size: int, folder: str | None = None) -> tuple[mmap.mmap,
             f"cannot keep a table of {size >> 10:,} KiB in {folder or 'TMPDIR'!r}: {describe_error(error)}. "
             "Set TMPDIR to a folder with more room"
         ) from error
+
+
+def make_temporary_array(dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """Make an array of zeros in a file without a name. A small one is made in memory.
+
+    Raises:
+        StorageError: there is no room for it.
+    """
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if size < _MIN_FILE_BYTES:
+        return np.zeros(shape, dtype)
+    mapped, file = map_temporary_file(size)
+    file.close()
+    return np.frombuffer(mapped, dtype).reshape(shape)
+
+
+class TemporaryRows:
+    """Rows of numbers in a file without a name, which takes room on the disk as rows are needed.
+
+    Attributes:
+        array: The rows, (max_rows, width). Those for which no room was taken must not be touched.
+    """
+
+    def __init__(self, dtype: npt.DTypeLike, max_rows: int, width: int):
+        """Reserve addresses for so many rows, and take no room.
+
+        Raises:
+            StorageError: there can be no file of that size.
+        """
+        self._row_bytes = width * np.dtype(dtype).itemsize
+        size = max(1, max_rows * self._row_bytes)
+        try:
+            self._descriptor, path = tempfile.mkstemp(prefix="facepipe-")
+            os.unlink(path)
+            weakref.finalize(self, os.close, self._descriptor)
+            os.truncate(self._descriptor, size)
+            mapped = mmap.mmap(self._descriptor, size)
+        except OSError as error:
+            raise _describe_missing_room(size, error) from error
+        self.array = np.frombuffer(mapped, dtype, max_rows * width).reshape(max_rows, width)
+
+    def take_room(self, rows: int) -> None:
+        """Take room for the first rows.
+
+        Raises:
+            StorageError: there is none.
+        """
+        try:
+            _allocate(self._descriptor, rows * self._row_bytes)
+        except OSError as error:
+            raise _describe_missing_room(rows * self._row_bytes, error) from error
+
+
+def _describe_missing_room(size: int, error: OSError) -> StorageError:
+    return StorageError(
+        f"cannot keep a table of {size >> 10:,} KiB in {tempfile.gettempdir()!r}: {describe_error(error)}. "
+        "Set TMPDIR to a folder with more room"
+    )
 
 
 def release_pages(array: npt.NDArray[Any]) -> None:

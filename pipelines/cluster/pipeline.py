@@ -49,6 +49,7 @@ from facepipe.curation.clusters.tables import (
 from facepipe.curation.graph import Graph
 from facepipe.curation.graph.clusters import Clusters
 from facepipe.curation.graph.describe import find_stricter_threshold
+from facepipe.curation.graph.edges import select_ends
 from facepipe.curation.graph.fitness import find_unfit_nodes, read_min_quality
 from facepipe.decisions.gallery import DecidedGallery
 from facepipe.decisions.named import NAMED, build_named_rows
@@ -266,9 +267,8 @@ def _review_clusters(
     """Find what a person should look at first. What people have decided is not suggested again."""
     # Keep the edges that are similar enough after correction for density.
     u, v = graph.read_similar_pairs(graph.info.threshold.similarity)
-    is_inside = ~(left_out[u] | left_out[v])
-    u = u[is_inside]
-    v = v[is_inside]
+    if left_out.any():
+        u, v = select_ends(u, v, lambda left, right: ~(left_out[left] | left_out[right]))
     is_left_out = np.zeros(len(clusters), bool)
     is_left_out[labels[left_out]] = True
     fits = compute_fits(graph, labels, clusters)

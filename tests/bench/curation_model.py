@@ -28,7 +28,10 @@ ROW = 8.5e-6  # of the table: read, sorted by id, written
 EDGE = 4e-6  # merged: weighed, sorted and contracted on the ladder
 REVIEWED_EDGE = 4e-6  # and again for suspects
 FIT = 1.1e-6  # of a face with an identity's centre: two vectors from memory
-IMAGE = 10e-6  # of dedup: read, sorted by uri and by content, grouped, written
+IMAGE = 9.7e-6  # of dedup: read, sent to its partitions, its row written
+IMAGE_STEPS = 4e-6  # and described, linked by content and hash, judged with its component: in tasks
+MOVED_PER_IMAGE = 670  # bytes into and out of these tasks: 674 of 100,000
+IMAGES_PER_PARTITION, STEPS_OF_COPIES = 1 << 18, 5
 
 COHORT, ROUNDS, COUNTED, SAMPLED_PAIRS, MEASURED_PAIRS = 4096, 4, 1e9, 5e8, 1e9
 JUDGING_ROUNDS = 31  # of at most 40; measured at 100,000
@@ -136,9 +139,19 @@ def list_work(n: float) -> list[Work]:
         Work("graph", "recall", measured, "pairs", measured * TRUE_PAIR, "threads", held=20 * n + 1e8),
         Work("cluster", "merging", edges, "edges", edges * EDGE, "one", edges * 80, 0, 1000 * n + 1.1e8),
         Work("cluster", "review and tables", edges, "edges", edges * REVIEWED_EDGE, "one", held=1000 * n + 1.1e8),
-        Work("clean", "copies", n, "images", n * IMAGE, "one", held=300 * n),
+        *_list_copy_work(n, "clean"),
         Work("clean", "judging", fits, "fits", fits * FIT, "one", held=900 * n + 1.7e8),
-        Work("dedup", "copies and lists", n, "images", n * IMAGE, "one", held=300 * n + 6e7),
+        *_list_copy_work(n, "dedup"),
+    ]
+
+
+def _list_copy_work(n: float, step: str) -> list[Work]:
+    """List the work of the search for copies, partition by partition. Images take 13 bytes each: image, root, mark."""
+    tasks = STEPS_OF_COPIES * max(1.0, n / IMAGES_PER_PARTITION)
+    held = 13 * n + 4e8 * min(1.0, n / IMAGES_PER_PARTITION)
+    return [
+        Work(step, "read and partition images", n, "images", n * IMAGE, "one", held=held),
+        Work(step, "link and judge images", n, "images", n * IMAGE_STEPS, "nodes", n * MOVED_PER_IMAGE, tasks, held),
     ]
 
 

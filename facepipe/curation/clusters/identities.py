@@ -11,6 +11,7 @@ from facepipe.curation.graph.cannot_links import CannotLinks
 from facepipe.curation.graph.cells import CellLayout, train_cells
 from facepipe.curation.graph.clusters import Clusters
 from facepipe.curation.graph.components import renumber_labels
+from facepipe.curation.graph.edges import iterate_ends, select_ends, spill_ends
 from facepipe.curation.graph.linkage import RunTasks, merge_by_average_linkage, run_tasks_here
 from facepipe.nearest.join import find_candidate_pairs
 from facepipe.types import Bool, Float32, Int32, Int64
@@ -62,11 +63,10 @@ def cluster_faces(
         return _gather(decided, labels, clusters, single, threshold)
     # Only fit faces found persons. The others join them afterwards.
     is_waiting = _find_waiting(known, int(known.max(initial=-1)) + 1, unfit)[known]
-    is_founding = ~(is_waiting[u] | is_waiting[v])
+    founding = select_ends(u, v, lambda left, right: ~(is_waiting[left] | is_waiting[right]))
     labels, clusters = merge_by_average_linkage(
         single,
-        u[is_founding],
-        v[is_founding],
+        *founding,
         threshold,
         apart.pairs,
         person=apart.person,
@@ -77,6 +77,8 @@ def cluster_faces(
         labels, clusters, threshold=threshold, apart=apart, unfit=unfit, run_tasks=run_tasks
     )
     is_waiting = _find_waiting(labels, len(clusters), unfit)
+    # Only edges between a cluster that waits and one that does not matter.
+    u, v = select_ends(u, v, lambda left, right: is_waiting[labels[left]] != is_waiting[labels[right]])
     group = _join_waiting(
         clusters,
         is_waiting,
@@ -142,10 +144,9 @@ def _drop_left_out(copies: Int64, u: Int32, v: Int32, left_out: Bool) -> tuple[I
     lacks_first = kept[left_out[copies[kept]]]
     # Of several copies the first one takes over: numpy keeps the last value written.
     stand_in[copies[lacks_first[::-1]]] = lacks_first[::-1]
-    left = stand_in[u]
-    right = stand_in[v]
-    is_inside = ~(left_out[left] | left_out[right]) & (left != right)
-    return left[is_inside], right[is_inside]
+    blocks = ((stand_in[left], stand_in[right]) for left, right in iterate_ends(u, v))
+    moved = spill_ends(blocks, len(u))
+    return select_ends(*moved, lambda left, right: ~(left_out[left] | left_out[right]) & (left != right))
 
 
 def _find_waiting(labels: Int64, count: int, unfit: Bool) -> Bool:

@@ -8,7 +8,9 @@ from facepipe.curation.graph import Graph
 from facepipe.curation.graph.cannot_links import CannotLinks
 from facepipe.curation.graph.clusters import Clusters
 from facepipe.curation.graph.components import renumber_labels
+from facepipe.curation.graph.edges import select_ends
 from facepipe.curation.graph.linkage import merge_by_average_linkage
+from facepipe.curation.graph.rounds import make_edge_keys
 from facepipe.types import Float32, Int32, Int64
 
 _BLOCK = 8192
@@ -100,10 +102,7 @@ def find_suspected_merges(
         apart: what people have said is two persons, by cluster. It is not suggested again.
     """
     # Pairs of clusters that an edge joins.
-    is_across = labels[u] != labels[v]
-    first = labels[u[is_across]]
-    second = labels[v[is_across]]
-    keys = np.unique(np.minimum(first, second) * len(clusters) + np.maximum(first, second))
+    keys = make_edge_keys(u, v, len(clusters), labels)
     left = keys // max(1, len(clusters))
     right = keys % max(1, len(clusters))
     if apart:
@@ -139,10 +138,10 @@ def find_suspected_splits(
         start: groups (n,) of nodes that are known to be one person; by default those with equal vectors.
     """
     # Cluster again inside each cluster; what is known to be one person stays together.
-    is_inside = labels[u] == labels[v]
+    inside = select_ends(u, v, lambda left, right: labels[left] == labels[right])
     single = Clusters.from_faces(graph.nodes.vectors, graph.density)
     known = renumber_labels(graph.representatives) if start is None else start
-    group, parts = merge_by_average_linkage(single, u[is_inside], v[is_inside], strict_threshold, start=known)
+    group, parts = merge_by_average_linkage(single, *inside, strict_threshold, start=known)
     # Rank the parts of each cluster by falling size.
     owner = np.zeros(len(parts), np.int64)
     owner[group] = labels

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 from facepipe.errors import StorageError
 from facepipe.nearest.similarity import Pairs
 from facepipe.storage import replace_file
+from facepipe.storage.mapped import make_temporary_array
+from facepipe.types import Bool, Int32
 
 # Positions take four bytes on disk and eight in memory.
 SCHEMA = pa.schema([("u", pa.uint32()), ("v", pa.uint32()), ("distance", pa.float32())])
@@ -30,6 +32,39 @@ def write_part(pairs: Pairs, path: str) -> None:
     # Synced, because a resumed build takes every part for a whole one.
     with replace_file(path, sync=True, unique=True) as unfinished:
         pq.write_table(pa.table(columns, schema=SCHEMA), unfinished, compression="zstd")
+
+
+def spill_ends(blocks: Iterable[tuple[Int32, Int32]], max_count: int) -> tuple[Int32, Int32]:
+    """Keep the ends of up to `max_count` edges, which come in blocks, in temporary files.
+
+    Returns:
+        One node of each edge, (m,), and the other, (m,).
+    """
+    left = make_temporary_array(np.int32, (max_count,))
+    right = make_temporary_array(np.int32, (max_count,))
+    filled = 0
+    for u, v in blocks:
+        left[filled : filled + len(u)] = u
+        right[filled : filled + len(u)] = v
+        filled += len(u)
+    return left[:filled], right[:filled]
+
+
+def iterate_ends(u: Int32, v: Int32) -> Iterator[tuple[Int32, Int32]]:
+    """Yield the ends of edges, u (m,) and v (m,), some hundred thousand at a time."""
+    for at in range(0, len(u), _BATCH_ROWS):
+        yield u[at : at + _BATCH_ROWS], v[at : at + _BATCH_ROWS]
+
+
+def select_ends(u: Int32, v: Int32, is_chosen: Callable[[Int32, Int32], Bool]) -> tuple[Int32, Int32]:
+    """Select edges, u (m,) and v (m,), by a function of their ends. They are kept in temporary files."""
+    return spill_ends(_iterate_chosen(u, v, is_chosen), len(u))
+
+
+def _iterate_chosen(u: Int32, v: Int32, is_chosen: Callable[[Int32, Int32], Bool]) -> Iterator[tuple[Int32, Int32]]:
+    for left, right in iterate_ends(u, v):
+        chosen = is_chosen(left, right)
+        yield left[chosen], right[chosen]
 
 
 class Edges:

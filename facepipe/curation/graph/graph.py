@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from facepipe.curation.graph.cohort import Cohort
-from facepipe.curation.graph.edges import Edges
+from facepipe.curation.graph.edges import Edges, spill_ends
 from facepipe.curation.graph.nodes import Nodes, open_nodes
 from facepipe.curation.graph.threshold import Threshold
 from facepipe.errors import StorageError
@@ -148,20 +148,13 @@ class Graph:
         return compute_similarity(pairs.distance, self.density[pairs.u], self.density[pairs.v])
 
     def read_similar_pairs(self, threshold: float) -> tuple[Int32, Int32]:
-        """Read the edges whose similarity reaches a threshold, a part at a time.
+        """Read the edges whose similarity reaches a threshold into temporary files, a part at a time.
 
         Returns:
             One node of each edge, (m,), and the other, (m,).
         """
-        # As long as all edges at first: what is not written to takes no memory.
-        left = np.empty(len(self.edges), np.int32)
-        right = np.empty(len(self.edges), np.int32)
-        filled = 0
-        for pairs in self.read_parts(threshold):
-            left[filled : filled + len(pairs)] = pairs.u
-            right[filled : filled + len(pairs)] = pairs.v
-            filled += len(pairs)
-        return left[:filled], right[:filled]
+        blocks = ((pairs.u.astype(np.int32), pairs.v.astype(np.int32)) for pairs in self.read_parts(threshold))
+        return spill_ends(blocks, len(self.edges))
 
     def read_parts(self, threshold: float) -> Iterator[Pairs]:
         """Read the edges whose similarity reaches a threshold, some hundred thousand at a time."""

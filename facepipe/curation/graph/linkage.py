@@ -9,24 +9,30 @@ next step. So the result does not depend on how the components are spread over t
 it is that of merging one pair at a time, because all merges above a step come before any below it.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 from facepipe.curation.graph.cannot_links import CannotLinks
 from facepipe.curation.graph.clusters import Clusters, compute_paired_linkage
 from facepipe.curation.graph.components import find_components, renumber_labels
-from facepipe.curation.graph.rounds import make_edge_keys, merge_in_rounds
-from facepipe.storage.mapped import release_pages
-from facepipe.types import Bool, Float32, Int32, Int64
+from facepipe.curation.graph.rounds import merge_in_rounds
+from facepipe.storage.mapped import TemporaryRows, make_temporary_array, release_pages
+from facepipe.storage.memory import release_freed_memory
+from facepipe.storage.partitions import MAX_PARTITIONS, PartitionedTable, spread_keys
+from facepipe.types import Bool, Float32, Int32, Int64, UInt8
 
 # By how much each step lies above the threshold. Steps of .02 let a component grow with the gallery (28 % of 300,000
 # faces); with steps of .01 the largest one follows the largest person. The upper ones are for wide spaces.
 _STEPS = (0.5, 0.4, 0.3, 0.25, 0.2, 0.17, 0.14, 0.12, *(n / 100 for n in range(10, -1, -1)))
-_MAX_NODES_PER_TASK = 50_000  # some 25 MB of sums
+_MAX_NODES_PER_TASK = 1 << 14  # some 8 MB of sums
 _PAIRS_PER_BLOCK = 1 << 13  # pairs whose linkage is computed at a time: their sums stay in the cache
-_MIN_NEW_ROWS = 1 << 16  # clusters that memory is taken for at a time
+_EDGES_PER_BLOCK = 1 << 18  # edges that are divided among parts at a time
+_EDGES_PER_PART = 1 << 20  # some 13 MB
+_SCHEMA = pa.schema([("u", pa.int32()), ("v", pa.int32()), ("weight", pa.float32()), ("state", pa.uint8())])
+_BOUND, _EXACT, _FRESH = np.arange(3, dtype=np.uint8)
 
 
 @dataclass(frozen=True)
@@ -126,13 +132,13 @@ def merge_by_average_linkage(
         np.empty((0, 2), np.int64) if forbidden is None else forbidden,
         np.empty(0, np.int32) if person is None else person,
     ).contract(roots, count)
-    edges = _Edges.start(u, v, roots)
+    edges = _EdgeParts.start(u, v, roots)
     for step in _STEPS:
         level = threshold + step
-        edges = edges.refresh(store, level, threshold)
+        reached = edges.refresh(store, level, threshold)
         step_roots = np.arange(count)
         has_grown = np.zeros(count, bool)
-        for result in run_tasks(_split_tasks(edges, store, level, apart)):
+        for result in run_tasks(_split_tasks(reached, store, level, apart)):
             step_roots[result.nodes] = result.roots
             has_grown[result.grown] = True
             store.apply(result)
@@ -141,7 +147,8 @@ def merge_by_average_linkage(
         apart = apart.contract(step_roots, count)
         edges = edges.contract(step_roots, has_grown)
         release_pages(clusters.sums)
-    return renumber_labels(roots), store.gather(np.flatnonzero(roots == np.arange(count)))
+        release_freed_memory()
+    return renumber_labels(roots), store.gather_mapped(np.flatnonzero(roots == np.arange(count)))
 
 
 def _merge_start(store: "_ClusterStore", start: Int64) -> Int64:
@@ -163,8 +170,11 @@ class _ClusterStore:
     def __init__(self, clusters: Clusters):
         self._initial = clusters
         self._row = np.full(len(clusters), -1, np.int32)  # of a cluster that has grown, among the grown ones
-        sums = np.empty((0, clusters.sums.shape[1]), np.float32)
-        self._grown = Clusters(sums, np.empty(0, np.float32), np.empty(0, np.int64))
+        # A cluster that has grown has two of the first ones at least.
+        most = len(clusters) // 2
+        self._rows = TemporaryRows(np.float32, most, clusters.sums.shape[1])
+        self._grown = Clusters(self._rows.array, np.zeros(most, np.float32), np.zeros(most, np.int64))
+        self._used = 0
         self._free = np.empty(0, np.int32)  # rows without a cluster
 
     @property
@@ -198,8 +208,11 @@ class _ClusterStore:
         self._free = np.concatenate([self._free, row[row >= 0]])
         # Give a row to what has grown for the first time.
         new = result.grown[self._row[result.grown] < 0]
-        if len(self._free) < len(new):
-            self._add_rows(max(len(new), _MIN_NEW_ROWS))
+        missing = len(new) - len(self._free)
+        if missing > 0:
+            self._rows.take_room(self._used + missing)
+            self._free = np.concatenate([self._free, np.arange(self._used, self._used + missing, dtype=np.int32)])
+            self._used += missing
         self._row[new] = self._free[: len(new)]
         self._free = self._free[len(new) :]
         row = self._row[result.grown]
@@ -207,86 +220,140 @@ class _ClusterStore:
         self._grown.crowd[row] = result.clusters.crowd
         self._grown.size[row] = result.clusters.size
 
-    def _add_rows(self, count: int) -> None:
-        """Make the arrays longer where they are: a copy would double their memory."""
-        begin = len(self._grown)
-        dimension = self._grown.sums.shape[1]
-        self._grown.sums.resize((begin + count, dimension), refcheck=False)
-        self._grown.crowd.resize(begin + count, refcheck=False)
-        self._grown.size.resize(begin + count, refcheck=False)
-        self._free = np.concatenate([self._free, np.arange(begin, begin + count, dtype=np.int32)])
+    def gather_mapped(self, numbers: Int64) -> Clusters:
+        """Gather clusters (k,), with their sums in a temporary file."""
+        sums = make_temporary_array(np.float32, (len(numbers), self._initial.sums.shape[1]))
+        crowd = np.empty(len(numbers), np.float32)
+        size = np.empty(len(numbers), np.int64)
+        for at in range(0, len(numbers), _PAIRS_PER_BLOCK):
+            block = slice(at, at + _PAIRS_PER_BLOCK)
+            clusters = self.gather(numbers[block])
+            sums[block] = clusters.sums
+            crowd[block] = clusters.crowd
+            size[block] = clusters.size
+        return Clusters(sums, crowd, size)
 
 
 @dataclass(frozen=True)
 class _Edges:
-    """The edges between clusters.
+    """Edges between clusters.
 
     Attributes:
         u: One cluster per edge, (m,); u < v.
         v: The other cluster, (m,).
         weight: Mean similarity (m,), or a bound of it.
-        is_exact: Whether it is the mean similarity, (m,). Else it is the largest that the parts of the two had with
-            each other. If no edge is missing, the mean over all pairs is not above that.
+        state: Whether it is the mean similarity, (m,), by _EXACT, _BOUND and _FRESH. A bound is the largest that the
+            parts of the two had with each other. If no edge is missing, the mean over all pairs is not above that.
+            Of fresh edges one may come several times.
     """
 
     u: Int32
     v: Int32
     weight: Float32
-    is_exact: Bool
+    state: UInt8
 
     @classmethod
-    def start(cls, u: Int64 | Int32, v: Int64 | Int32, roots: Int64) -> "_Edges":
-        """Make edges that are not weighed yet between the clusters (k,) that the ends are part of."""
-        count = len(roots)
-        keys = make_edge_keys(u, v, count, roots)
-        # Divided straight into four bytes each, because there may be ten edges per face.
-        low = np.floor_divide(keys, max(1, count), out=np.empty(len(keys), np.int32), casting="unsafe")
-        high = np.remainder(keys, max(1, count), out=np.empty(len(keys), np.int32), casting="unsafe")
-        return cls(low, high, np.full(len(keys), np.inf, np.float32), np.zeros(len(keys), bool))
+    def concatenate(cls, parts: "Sequence[_Edges]") -> "_Edges":
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in _SCHEMA.names))
 
-    def take(self, chosen: Bool) -> "_Edges":
-        return _Edges(self.u[chosen], self.v[chosen], self.weight[chosen], self.is_exact[chosen])
+    @classmethod
+    def from_table(cls, table: pa.Table) -> "_Edges":
+        return cls(*(table[name].to_numpy() for name in _SCHEMA.names))
+
+    def to_table(self) -> pa.Table:
+        return pa.table([self.u, self.v, self.weight, self.state], schema=_SCHEMA)
+
+    def take(self, chosen: Bool | Int64) -> "_Edges":
+        return _Edges(self.u[chosen], self.v[chosen], self.weight[chosen], self.state[chosen])
+
+    def unite(self, count: int) -> "_Edges":
+        """Keep every fresh edge once, with the largest weight as a bound."""
+        fresh = np.flatnonzero(self.state == _FRESH)
+        if not len(fresh):
+            return self
+        keys = self.u[fresh].astype(np.int64) * count + self.v[fresh]
+        order = np.argsort(keys, kind="stable")
+        begins = np.flatnonzero(np.diff(keys[order], prepend=-1) > 0)
+        weight = np.maximum.reduceat(self.weight[fresh][order], begins)
+        first = fresh[order[begins]]
+        united = _Edges(self.u[first], self.v[first], weight, np.full(len(first), _BOUND))
+        return _Edges.concatenate([self.take(self.state != _FRESH), united])
 
     def refresh(self, store: _ClusterStore, level: float, threshold: float) -> "_Edges":
-        """Compute the mean similarity if the bound reaches the level. What is below the threshold is dropped.
+        """Compute the mean similarity if the bound reaches the level. What is below the threshold is dropped."""
+        due = np.flatnonzero((self.state != _EXACT) & (self.weight >= level))
+        if not len(due):
+            return self
+        weight = self.weight.copy()
+        state = self.state.copy()
+        weight[due] = store.compute_linkage(self.u[due], self.v[due])
+        state[due] = _EXACT
+        refreshed = _Edges(self.u, self.v, weight, state)
+        kept = weight >= threshold
+        return refreshed if kept.all() else refreshed.take(kept)
 
-        The weights are changed in place.
-        """
-        for at in range(0, len(self.u), _PAIRS_PER_BLOCK):
-            block = slice(at, at + _PAIRS_PER_BLOCK)
-            due = at + np.flatnonzero(~self.is_exact[block] & (self.weight[block] >= level))
-            self.weight[due] = store.compute_linkage(self.u[due], self.v[due])
-            self.is_exact[due] = True
-        kept = self.weight >= threshold
-        return self if kept.all() else self.take(kept)
 
-    def contract(self, roots: Int64, has_grown: Bool) -> "_Edges":
-        """Give every edge to the clusters (k,) that its ends are part of now. Of several the largest weight stays."""
+class _EdgeParts:
+    """All edges between clusters, in parts by the smaller cluster, which lie in a temporary file.
+
+    The order of the edges does not matter for what is merged, and neither does the number of parts.
+    """
+
+    def __init__(self, table: PartitionedTable, cluster_count: int):
+        self._table = table
+        self._cluster_count = cluster_count
+
+    @classmethod
+    def start(cls, u: Int64 | Int32, v: Int64 | Int32, roots: Int64) -> "_EdgeParts":
+        """Make edges that are not weighed yet between the clusters (k,) that the ends are part of."""
+        parts = max(1, min(MAX_PARTITIONS, -(-len(u) // _EDGES_PER_PART)))
+        edges = cls(PartitionedTable(_SCHEMA, parts), len(roots))
+        for at in range(0, len(u), _EDGES_PER_BLOCK):
+            left = roots[u[at : at + _EDGES_PER_BLOCK]].astype(np.int32)
+            right = roots[v[at : at + _EDGES_PER_BLOCK]].astype(np.int32)
+            unknown = np.full(len(left), np.inf, np.float32)
+            edges._add(_Edges(left, right, unknown, np.full(len(left), _FRESH)))
+        return edges
+
+    def _add(self, edges: _Edges) -> None:
+        """Add edges between different clusters to the parts of the smaller ones."""
+        different = edges.u != edges.v
+        low = np.minimum(edges.u, edges.v)[different]
+        high = np.maximum(edges.u, edges.v)[different]
+        ordered = _Edges(low, high, edges.weight[different], edges.state[different])
+        self._table.append(ordered.to_table(), spread_keys(low, self._table.count))
+
+    def refresh(self, store: _ClusterStore, level: float, threshold: float) -> _Edges:
+        """Weigh the edges that may reach a level, and return those that do. What is below the threshold is dropped."""
+        refreshed = PartitionedTable(_SCHEMA, self._table.count)
+        reached = []
+        for number in range(self._table.count):
+            part = _Edges.from_table(self._table.read(number)).unite(self._cluster_count)
+            part = part.refresh(store, level, threshold)
+            refreshed.add(number, part.to_table())
+            reached.append(part.take(part.weight >= level))
+        self._table = refreshed
+        return _Edges.concatenate(reached)
+
+    def contract(self, roots: Int64, has_grown: Bool) -> "_EdgeParts":
+        """Give every edge to the clusters (k,) that its ends are part of now. Weights of those that grew are bounds."""
+        if not has_grown.any():
+            return self
+        contracted = _EdgeParts(PartitionedTable(_SCHEMA, self._table.count), self._cluster_count)
         small = roots.astype(np.int32)
-        u = small[self.u]
-        v = small[self.v]
-        is_changed = has_grown[u] | has_grown[v]
-        different = is_changed & (u != v)
-        keys = np.minimum(u, v)[different].astype(np.int64) * len(roots) + np.maximum(u, v)[different]
-        del u, v  # a column at a time is copied below, because there may be ten edges per face
-        order = np.argsort(keys, kind="stable")
-        keys = keys[order]
-        begins = np.flatnonzero(np.diff(keys, prepend=-1) > 0)
-        weight = self.weight[different][order]
-        bound = np.maximum.reduceat(weight, begins) if len(begins) else weight
-        keys = keys[begins]
-        unchanged = ~is_changed
-        return _Edges(
-            np.concatenate([self.u[unchanged], (keys // len(roots)).astype(np.int32)]),
-            np.concatenate([self.v[unchanged], (keys % len(roots)).astype(np.int32)]),
-            np.concatenate([self.weight[unchanged], bound]),
-            np.concatenate([self.is_exact[unchanged], np.zeros(len(keys), bool)]),
-        )
+        for number in range(self._table.count):
+            part = _Edges.from_table(self._table.read(number))
+            u = small[part.u]
+            v = small[part.v]
+            is_changed = has_grown[u] | has_grown[v]
+            contracted._table.add(number, part.take(~is_changed).to_table())
+            changed = np.flatnonzero(is_changed)
+            contracted._add(_Edges(u[changed], v[changed], part.weight[changed], np.full(len(changed), _FRESH)))
+        return contracted
 
 
-def _split_tasks(edges: _Edges, store: _ClusterStore, level: float, apart: CannotLinks) -> Iterator[LinkageTask]:
+def _split_tasks(reached: _Edges, store: _ClusterStore, level: float, apart: CannotLinks) -> Iterator[LinkageTask]:
     """Split the components of the edges that reach a level into tasks."""
-    reached = edges.take(edges.weight >= level)
     reached = reached.take(~apart.forbid(reached.u, reached.v, store.count))
     if not len(reached.u):
         return

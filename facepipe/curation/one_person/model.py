@@ -399,13 +399,15 @@ def _measure_rows(
     counts = np.zeros(len(_BIN_EDGES) - 1)
     location = np.zeros(len(rows))
     scale = np.ones(len(rows))
-    means = groups.means[cohort]
-    density = groups.density[cohort]
+    others = groups.take(cohort)
+    means = others.means
+    density = others.density
     for at in range(0, len(rows), _BLOCK):
         block = rows[at : at + _BLOCK]
-        product = groups.sums[block] @ means.T / groups.size[block][:, None]
-        similarity = product - (groups.density[block][:, None] + density[None]) / 2
-        inverse = 1 / groups.size[block][:, None] + 1 / groups.size[cohort][None]
+        own = groups.take(block)
+        product = own.sums @ means.T / own.size[:, None]
+        similarity = product - (own.density[:, None] + density[None]) / 2
+        inverse = 1 / own.size[:, None] + 1 / others.size[None]
         deviation = (similarity - strangers.mean) / strangers.compute_deviation(inverse)
         deviation[block[:, None] == cohort[None]] = -np.inf
         counts += np.histogram(deviation, _BIN_EDGES)[0]

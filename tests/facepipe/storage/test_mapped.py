@@ -1,5 +1,6 @@
 """Mapped files: a disk without room is a message with the size needed, and never SIGBUS."""
 
+import errno
 import resource
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from facepipe.errors import StorageError
 from facepipe.storage.hashtable import HashTable
-from facepipe.storage.mapped import create_array, map_temporary_file
+from facepipe.storage.mapped import TemporaryRows, create_array, make_temporary_array, map_temporary_file
 
 KEYS = np.arange(1, 60_001, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
 
@@ -94,3 +95,38 @@ def test_a_full_disk_is_a_message(tmp_path: Path) -> None:
         assert done.returncode == 0, done
         assert done.stdout.startswith("cannot keep a table of 2,048 KiB in ")
         assert done.stdout.count("no space left on device") == 2
+
+
+@pytest.mark.parametrize("shape", [(0,), (3,), (1 << 19,), (1 << 17, 4)])
+def test_temporary_arrays_hold_zeros_and_what_is_written(shape: tuple[int, ...]) -> None:
+    array = make_temporary_array(np.float32, shape)
+    assert array.shape == shape
+    assert not array.any()
+    array[-1:] = 7
+    assert (array[-1:] == 7).all()
+
+
+def test_rows_take_room_as_they_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    rows = TemporaryRows(np.float32, 1 << 20, 8)
+    assert list(tmp_path.iterdir()) == []
+    rows.take_room(100)
+    rows.array[:100] = np.arange(100, dtype=np.float32)[:, None]
+    array = rows.array
+    del rows  # the rows stay as long as they are used
+    assert array[99].tolist() == [99.0] * 8
+    none = TemporaryRows(np.float32, 0, 8)
+    none.take_room(0)
+    assert none.array.shape == (0, 8)
+
+
+def test_a_disk_without_room_for_rows_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(descriptor: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    rows = TemporaryRows(np.float32, 1000, 128)
+    monkeypatch.setattr("os.posix_fallocate", fail)
+    with pytest.raises(StorageError, match="table of 50 KiB .* Set TMPDIR"):
+        rows.take_room(100)
+    with pytest.raises(StorageError, match="Set TMPDIR"):
+        TemporaryRows(np.uint8, 1 << 60, 1)
