@@ -126,7 +126,7 @@ def test_a_disk_without_room_for_rows_is_named(monkeypatch: pytest.MonkeyPatch) 
 
     rows = TemporaryRows(np.float32, 1000, 128)
     monkeypatch.setattr("os.posix_fallocate", fail)
-    with pytest.raises(StorageError, match="table of 50 KiB .* Set TMPDIR"):
+    with pytest.raises(StorageError, match=r"table of 50 KiB .* Set TMPDIR"):
         rows.take_room(100)
     with pytest.raises(StorageError, match="Set TMPDIR"):
         TemporaryRows(np.uint8, 1 << 60, 1)
