@@ -69,6 +69,10 @@ def make(gallery: Path, pairs_file: Path, out: Path, flips: float, seed: int) ->
     out.mkdir(parents=True)
     crops = cut_crops(Gallery(str(gallery)))
     pairs = [pair for pair in read_last_fold(pairs_file) if pair[1] in crops[pair[0]] and pair[3] in crops[pair[2]]]
+    # Pairs of one person and of two alternate, so that every fold has both.
+    same = [pair for pair in pairs if pair[0] == pair[2]]
+    different = [pair for pair in pairs if pair[0] != pair[2]]
+    pairs = [pair for both in zip(same, different, strict=False) for pair in both]
     held = {name for pair in pairs for name in (pair[0], pair[2])}
     images = [crops[name][number] for pair in pairs for name, number in (pair[:2], pair[2:])]
     (out / "lfw.bin").write_bytes(pickle.dumps((images, [pair[0] == pair[2] for pair in pairs]), protocol=4))
