@@ -77,7 +77,7 @@ def make_gallery(path: str, count: int) -> None:
             log.write_entry(gallery.faces_folder, version, "WRITE", actions)
             actions = []
     # All files hold one face.
-    counts = {**dict.fromkeys(STATUSES, 0), OK: 1, "faces": 1}
+    counts = {"deleted": 0, **dict.fromkeys(STATUSES, 0), OK: 1, "faces": 1}
     table = pa.table({"path": Gallery(path).list_paths(), **{key: [value] * count for key, value in counts.items()}})
     Path(path, RUNS).mkdir(exist_ok=True)
     pq.write_table(table, Path(path, RUNS, "counts.parquet"), compression="zstd")
