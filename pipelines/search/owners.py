@@ -45,6 +45,10 @@ class LazyOwner(ShardOwner):
         return self.describe()
 
 
+OWNER_CLASS = LazyOwner
+"""What runs in an actor."""
+
+
 @dataclass(frozen=True)
 class Owner:
     """An owner that was placed.
@@ -206,7 +210,8 @@ class OwnerPool:
 
     def _replace_lost(self, error: Exception) -> None:
         self._require_running()
-        self._losses += 1
+        # Other blocks in work end with the same message.
+        self._losses = min(self._losses, _MAX_LOSSES) + 1
         if self._losses > _MAX_LOSSES:
             raise WorkerError(
                 f"owners of shards were lost {self._losses} times without a finished block ({error}): look at their "
@@ -249,7 +254,7 @@ class OwnerPool:
                 num_cpus=room.cpus if has_cpus else 0,
                 max_restarts=0,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(room.node, soft=False),
-            )(LazyOwner)
+            )(OWNER_CLASS)
             owners.append(Owner(actor_class.remote(share), room, shards, has_cpus))
         return owners
 

@@ -135,7 +135,7 @@ def test_owners_that_end_again_and_again_end_the_search(
         def choose_lists(self, queries: Any, nprobe: int) -> Any:
             os._exit(1)
 
-    monkeypatch.setattr(owners, "LazyOwner", Weak)
+    monkeypatch.setattr(owners, "OWNER_CLASS", Weak)
     with pytest.raises(WorkerError, match="lost 4 times without a finished block"):
         run(gallery, queries, tmp_path / "out.parquet")
     monkeypatch.undo()
