@@ -28,6 +28,8 @@ _MAX_LINE = 1 << 16
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 _MAX_CONTROL = 0.02
 _FEW_CONTROL = 5
+# What no name of a file has, in any encoding: a zero, or bytes that are not UTF-8.
+_NOT_IN_NAMES = re.compile(r"[\x00\udc80-\udcff]")
 
 
 class ListSource:
@@ -199,7 +201,9 @@ class ListSource:
 def _require_text(lines: list[str], path: str) -> None:
     """Require that the first lines of a list are text. Otherwise its bytes, such as an image's, would become names."""
     head = "".join(lines)[:_MAX_LINE]
-    if len(_CONTROL.findall(head)) > max(_FEW_CONTROL, _MAX_CONTROL * len(head)):
+    # Names may hold odd characters, which are not enough to refuse a list.
+    has_control = len(_CONTROL.findall(head)) > max(_FEW_CONTROL, _MAX_CONTROL * len(head))
+    if has_control and _NOT_IN_NAMES.search(head):
         raise SourceError(f"the list {path!r} is no text: it holds binary data")
 
 

@@ -332,6 +332,12 @@ def test_a_photo_that_is_called_a_list_is_no_list(tmp_path: Path) -> None:
     assert all(len(item.uri) < 300 + len(str(tmp_path)) for item in found)
 
 
+def test_names_of_control_characters_make_no_binary_data(tmp_path: Path) -> None:
+    name = "\x1f\x08\x08\x02.jpg"
+    (tmp_path / "list.csv").write_text("path,identity\n" + "".join(f"{n}{name},\x1fAnn\n" for n in range(9)))
+    assert [item.uri.rsplit("/", 1)[1] for item in items(tmp_path / "list.csv")] == [f"{n}{name}" for n in range(9)]
+
+
 def test_devices_and_fifos_are_never_opened(tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.mkdir()
