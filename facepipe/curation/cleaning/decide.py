@@ -5,8 +5,9 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import numpy.typing as npt
 
+from facepipe.curation.cleaning.distributions import MIN_WEIGHT
 from facepipe.curation.cleaning.evidence import LabelCandidates
-from facepipe.curation.cleaning.model import MIN_WEIGHT, LabelPosteriors
+from facepipe.curation.cleaning.model import LabelPosteriors
 from facepipe.types import Bool, Float32, Int64
 
 KEEP = "keep"

@@ -8,6 +8,7 @@ import numpy as np
 from facepipe.curation.cleaning.decide import RELABEL, REVIEW, TWO_NAMES, LabelVerdicts
 from facepipe.curation.cleaning.evidence import FaceVectors
 from facepipe.curation.graph.clusters import Clusters
+from facepipe.curation.graph.components import find_components
 from facepipe.curation.graph.linkage import merge_by_average_linkage
 from facepipe.curation.one_person.judge import (
     MIN_PROBABILITY,
@@ -32,10 +33,12 @@ class IdentityParts:
     Attributes:
         part: Part of each face within its identity, (n,). 0 is the largest, -1 means that the face has no label.
         size: Number of faces of the face's part, (n,).
+        pictures: Number of pictures of the face's part, (n,): faces that look like one picture count once.
     """
 
     part: Int64
     size: Int64
+    pictures: Int64
 
     @property
     def is_largest(self) -> Bool:
@@ -44,7 +47,13 @@ class IdentityParts:
 
 
 def split_identities(
-    faces: FaceVectors, labels: Int64, copies: Int64, pairs: Iterable[Pairs], threshold: float
+    faces: FaceVectors,
+    labels: Int64,
+    copies: Int64,
+    pairs: Iterable[Pairs],
+    threshold: float,
+    *,
+    same_picture: float = 0.0,
 ) -> IdentityParts:
     """Split each identity into parts by average linkage inside it.
 
@@ -54,9 +63,13 @@ def split_identities(
         copies: first face with the same vector, (n,).
         pairs: neighbouring faces, in parts.
         threshold: mean similarity from which two parts are one.
+        same_picture: distance up to which two faces of an identity look like one picture.
     """
     # Edges inside an identity, and from each copy to the first face with its vector.
-    u, v = _select_inside(labels, pairs)
+    u, v, distance = _select_inside(labels, pairs)
+    looks_same = distance <= same_picture
+    same_u = u[looks_same]
+    same_v = v[looks_same]
     is_copy = (copies != np.arange(len(copies))) & (labels == labels[copies]) & (labels >= 0)
     copy = np.flatnonzero(is_copy)
     single = Clusters.from_faces(faces.vectors, faces.density)
@@ -66,21 +79,27 @@ def split_identities(
     # Rank the clusters of each identity by falling size.
     owner = np.empty(len(clusters), np.int64)
     owner[group] = labels
-    order = np.lexsort((np.arange(len(clusters)), -clusters.size, owner))
+    # The part with the most pictures comes first. A picture that was copied often is one.
+    picture = find_components(len(labels), np.concatenate([same_u, copies[copy]]), np.concatenate([same_v, copy]))
+    _, shown = np.unique(group * len(labels) + picture, return_index=True)
+    pictures = np.bincount(group[shown], minlength=len(clusters))
+    order = np.lexsort((np.arange(len(clusters)), -clusters.size, -pictures, owner))
     rank = np.empty(len(clusters), np.int64)
     rank[order] = np.arange(len(order)) - np.searchsorted(owner[order], owner[order])
-    return IdentityParts(np.where(labels >= 0, rank[group], -1), clusters.size[group])
+    return IdentityParts(np.where(labels >= 0, rank[group], -1), clusters.size[group], pictures[group])
 
 
-def _select_inside(labels: Int64, pairs: Iterable[Pairs]) -> tuple[Int32, Int32]:
-    """Select the pairs (u (m,), v (m,)) of faces with one label."""
+def _select_inside(labels: Int64, pairs: Iterable[Pairs]) -> tuple[Int32, Int32, Float32]:
+    """Select the pairs (u (m,), v (m,)) of faces with one label, and their distances (m,)."""
     left = [np.empty(0, np.int32)]
     right = [np.empty(0, np.int32)]
+    distance = [np.empty(0, np.float32)]
     for part in pairs:
         is_inside = (labels[part.u] == labels[part.v]) & (labels[part.u] >= 0)
         left.append(part.u[is_inside].astype(np.int32))
         right.append(part.v[is_inside].astype(np.int32))
-    return np.concatenate(left), np.concatenate(right)
+        distance.append(np.asarray(part.distance)[is_inside].astype(np.float32))
+    return np.concatenate(left), np.concatenate(right), np.concatenate(distance)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Judge every identity label of a gallery: gather the evidence, decide, and sort out faces unfit for training."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import numpy as np
@@ -23,6 +23,7 @@ from facepipe.curation.cleaning.identities import (
 from facepipe.curation.cleaning.model import LabelPosteriors, weigh_names
 from facepipe.curation.cleaning.near_identities import estimate_beyond_graph
 from facepipe.curation.cleaning.neighbours import NearFaces, NearVoters
+from facepipe.curation.cleaning.persons import number_persons
 from facepipe.curation.clusters.constraints import find_same_photo_pairs
 from facepipe.curation.duplicates import DuplicateRule
 from facepipe.curation.duplicates.partitioned import CopySearch, CopySource, find_copies_by_partition
@@ -119,11 +120,18 @@ def judge_labels(
     voting = np.where(is_voter, labels, -1)
     near_voters = NearVoters.make(near, copies, voter)
 
+    # A user may look for copies farther apart; that two faces are certainly one is a matter of their space.
     # Estimate how likely each label is right, starting from the largest part of each identity.
-    parts = split_identities(faces, voting, copies, near_voters, threshold)
-    candidates = find_candidates(voting, near_voters)
-    candidates = decisions.settle(candidates, voter)
-    start = _start_probabilities(candidates, parts.is_largest, prior)
+    scale = find_space_scale(gallery)
+    same_picture = COPY_LIMITS["same_shot"] * scale
+    parts = split_identities(faces, voting, copies, near_voters, threshold, same_picture=same_picture)
+    # Further persons of a name are estimated like identities of their own.
+    persons = number_persons(faces, voting, parts, near_voters, name_count=len(names), threshold=threshold, seed=seed)
+    candidates = find_candidates(persons.person, near_voters)
+    person_decisions = replace(decisions, names=names.take(pa.array(persons.name)))
+    candidates = person_decisions.settle(candidates, voter)
+    is_first = parts.is_largest | (persons.person >= len(names))
+    start = _start_probabilities(candidates, is_first, prior)
     candidates, posteriors = estimate_beyond_graph(
         faces,
         candidates,
@@ -131,16 +139,24 @@ def judge_labels(
         start,
         threshold=threshold,
         seed=seed,
-        settle=lambda found: decisions.settle(found, voter),
+        settle=lambda found: person_decisions.settle(found, voter),
     )
-    posteriors = weigh_names(faces, candidates, posteriors, parts.part, prior, threshold=threshold)
+    candidates, posteriors = persons.merge_names(candidates, posteriors, len(names))
+    posteriors = weigh_names(
+        faces,
+        candidates,
+        posteriors,
+        parts.part,
+        prior,
+        threshold=threshold,
+        pictures=parts.pictures,
+        is_further_person=persons.person >= len(names),
+    )
 
     # Decide, and overrule the decision to keep for unfit faces.
     verdicts = decide_labels(candidates, posteriors, photo, prior).take(voter)
-    parts = IdentityParts(parts.part[voter], parts.size[voter])
-    # A user may look for copies farther apart; that two faces are certainly one is a matter of their space.
-    certain = COPY_LIMITS["close_near"] * find_space_scale(gallery)
-    verdicts = _question_conflicts(verdicts, copied, labels, max_distance=certain)
+    parts = IdentityParts(parts.part[voter], parts.size[voter], parts.pictures[voter])
+    verdicts = _question_conflicts(verdicts, copied, labels, max_distance=COPY_LIMITS["close_near"] * scale)
     verdicts = confirm_labels(verdicts, decisions.is_confirmed)
     verdicts = _reject_low_quality(verdicts, graph, gallery, rules)
     if rules.duplicates:

@@ -9,19 +9,16 @@ faces that an identity rests on. The posteriors weight the identities' centres, 
 """
 
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import numpy as np
 
+from facepipe.curation.cleaning.distributions import MIN_WEIGHT, Normal, fit_distributions, fit_normal
 from facepipe.curation.cleaning.evidence import FaceVectors, IdentityCentres, LabelCandidates
+from facepipe.curation.cleaning.strangers import NearStrangers, StrangerPairs, StrangerTail
 from facepipe.types import Bool, Float32, Float64, Int64
 
+_MIN_RIGHT = 8.0  # right labels below which it is not estimated how many have no neighbour
 _TWO_FACES = 1.5  # an identity that rests on less has one face
-MIN_WEIGHT = 0.3  # faces that an identity must rest on before it counts
-# Bounds of the weights, to see how the variance falls with them.
-_WEIGHT_BINS = np.array([0.3, 1.5, 2.5, 4.5, 8.5, 16.5, np.inf])
-_MIN_MASS = 8.0  # faces below which a distribution is not estimated
-_MAX_STRANGERS = 200_000  # sampled pairs of a face and another identity, for the distribution of impostors
 # Bounds of the log likelihood ratio: about 1 in 1,000 genuine faces is an outlier as far off as you like (pose, blur).
 _MAX_FOR = 30.0
 _MAX_AGAINST = 7.0
@@ -30,168 +27,16 @@ _MAX_ROUNDS = 40
 _UNDAMPED_ROUNDS = 3
 _SETTLED_CHANGE = 0.01
 _TRUSTED_ROUNDS = 3  # rounds before the probabilities tell which candidates are strangers
-# The tail of strangers: bins per standard deviation, begin of the fit, fewest samples behind its end, and in all.
-_TAIL_STEP = 0.1
-_TAIL_BEGIN = 0.0
-_TAIL_END_COUNT = 30
-_MIN_TAIL_SAMPLES = 5000
-_MIN_TAIL_BINS = 10
-_TAIL_DEGREE = 3
-_TAIL_REACH = 60.0  # standard deviations
 # Starting values of the two rates. A corpus of a few faces does not move them far.
 _START_SWAPPED = 0.15
 _START_UNKNOWN = 0.05
 _MIN_RATE = 1e-3
 _RATE_MASS = 20.0  # faces that the rate of all counts as, for the rate of identities of one size
 _CLAIMED = 0.5  # probability of other identities above which a face is left out of its own one's parts
+_SURE = 0.8  # probability from which a part bears the name without a person's look
+_OPEN = 0.01
 _LOG_ODDS_ONE_PERSON = 2.0  # that two parts of an identity are one person, before they are compared
-_MIN_SHARE_ABOVE = 1e-300
 _LOG_ROOT = np.float32(0.5 * np.log(2 * np.pi))  # the constant of a normal log density
-
-
-@dataclass(frozen=True)
-class Normal:
-    """A normal distribution whose variance depends on the weight a similarity rests on.
-
-    Attributes:
-        mean: Mean.
-        fixed_variance: Part of the variance that does not depend on the weight.
-        variance_per_face: The variance is `fixed_variance + variance_per_face / weight`.
-    """
-
-    mean: float
-    fixed_variance: float
-    variance_per_face: float
-
-    def compute_variance(self, weight: Float32) -> Float32:
-        """Compute the variance (m,) of similarities that rest on `weight` faces (m,)."""
-        return np.asarray(self.fixed_variance + self.variance_per_face / np.maximum(weight, MIN_WEIGHT), np.float32)
-
-    def standardise(self, similarity: Float32, weight: Float32) -> Float32:
-        """Compute the deviations (m,) from the mean, in standard deviations."""
-        return np.asarray((similarity - self.mean) / np.sqrt(self.compute_variance(weight)), np.float32)
-
-    def compute_log_density(self, similarity: Float32, weight: Float32) -> Float32:
-        """Compute the log density (m,), less a constant."""
-        variance = self.compute_variance(weight)
-        log_density = -0.5 * (similarity - self.mean) ** 2 / variance - 0.5 * np.log(variance)
-        return np.asarray(log_density, np.float32)
-
-
-@dataclass(frozen=True)
-class StrangerTail:
-    """The shape of the distribution of strangers, in standard deviations from its mean, above the mean.
-
-    Attributes:
-        log_density: Logarithm of the density in bins of 0.1 from 0 on, falling.
-    """
-
-    log_density: Float64
-
-    @classmethod
-    def fit(
-        cls, similarity: Float32, weight: Float32, normal: Normal, share: Float32 | None = None
-    ) -> "StrangerTail | None":
-        """Fit a falling cubic to the logarithms of the counts of sampled strangers.
-
-        Args:
-            similarity: mean similarity of faces to identities, (m,).
-            weight: number of faces that each rests on, (m,).
-            normal: mean and variance of strangers.
-            share: probability that the two are strangers, (m,). By default they all are.
-
-        Returns:
-            None if they are too few. Then the normal distribution has to do.
-        """
-        deviation = normal.standardise(similarity, weight)
-        bins = np.arange(_TAIL_BEGIN, _TAIL_REACH + _TAIL_STEP, _TAIL_STEP)
-        counts, _ = np.histogram(deviation, bins, weights=share)
-        above = counts[::-1].cumsum()[::-1]
-        if len(similarity) < _MIN_TAIL_SAMPLES or above[0] < _MIN_TAIL_SAMPLES / 4:
-            return None
-        # Fit where there are samples enough, weighted by how precise each count is.
-        used = np.flatnonzero((above >= _TAIL_END_COUNT) & (counts > 0))
-        if len(used) < _MIN_TAIL_BINS:
-            return None
-        position = bins[used]
-        curve = np.polynomial.Polynomial.fit(position, np.log(counts[used]), _TAIL_DEGREE, w=np.sqrt(counts[used]))
-        fitted = curve(bins[:-1])
-        # Behind the samples the curve falls on at least as steeply as at their end: a cubic may bend up.
-        last = int(used[-1])
-        slope = min(0.0, float(curve.deriv()(bins[last])))
-        beyond = np.arange(last + 1, len(fitted))
-        fitted[beyond] = np.minimum(fitted[beyond], fitted[last] + slope * (bins[beyond] - bins[last]))
-        fitted = np.minimum.accumulate(fitted)
-        total = float(len(similarity) if share is None else share.sum())
-        return cls(fitted - np.log(total * _TAIL_STEP))
-
-    @cached_property
-    def log_share_above(self) -> Float64:
-        """Logarithm of the share of strangers above the begin of each bin."""
-        share = np.exp(self.log_density)[::-1].cumsum()[::-1] * _TAIL_STEP
-        return np.asarray(np.log(np.maximum(share, _MIN_SHARE_ABOVE)))
-
-    def compute_share_above(self, deviation: Float32) -> Float64:
-        """Compute the share (m,) of strangers above deviations (m,)."""
-        at = np.clip(deviation / _TAIL_STEP, 0, len(self.log_density) - 1)
-        return np.asarray(np.exp(np.interp(at, np.arange(len(self.log_density)), self.log_share_above)))
-
-    def find_deviation(self, share: Float64) -> Float64:
-        """Find the deviations (m,) above which a share (m,) of strangers lies."""
-        # The share falls with the deviation; np.interp wants it rising.
-        at = np.interp(-np.log(share), -self.log_share_above, np.arange(len(self.log_density)))
-        return np.asarray(at * _TAIL_STEP)
-
-    def compute_log_density(self, deviation: Float32) -> Float32:
-        """Compute the log density (m,) at deviations (m,) above 0."""
-        at = np.clip(deviation / _TAIL_STEP, 0, len(self.log_density) - 1)
-        return np.asarray(np.interp(at, np.arange(len(self.log_density)), self.log_density), np.float32)
-
-
-@dataclass(frozen=True)
-class StrangerPairs:
-    """Sampled pairs of a face and an identity that is not its label's.
-
-    Attributes:
-        face: Position of the face, (s,).
-        identity: Number of the identity, (s,).
-        candidate: Position of the pair among the candidates, (s,), -1 if it is none.
-    """
-
-    face: Int64
-    identity: Int64
-    candidate: Int64
-
-    @classmethod
-    def sample(cls, candidates: LabelCandidates, seed: int) -> "StrangerPairs":
-        """Sample pairs. There are none if there is one identity only."""
-        rng = np.random.default_rng(seed)
-        nothing = np.empty(0, np.int64)
-        if candidates.identity_count < 2 or not len(candidates):
-            return cls(nothing, nothing, nothing)
-        labelled = np.unique(candidates.face)
-        size = min(_MAX_STRANGERS, 4 * len(labelled) * candidates.identity_count)
-        face = rng.choice(labelled, size)
-        # Identities are drawn as often as they have labels, so that they rest on as many faces as the candidates do.
-        identity = rng.choice(candidates.identity[candidates.is_own], size)
-        # Candidates are sorted by face and identity.
-        keys = candidates.face * candidates.identity_count + candidates.identity
-        wanted = face * candidates.identity_count + identity
-        at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-        candidate = np.where(keys[at] == wanted, at, -1)
-        is_own = (candidate >= 0) & candidates.is_own[candidate]
-        return cls(face[~is_own], identity[~is_own], candidate[~is_own])
-
-    def compute_share(self, probability: Float32, *, is_known: bool) -> Float32:
-        """Compute how likely the pairs are strangers, (s,).
-
-        Args:
-            probability: probability of each candidate, (m,).
-            is_known: whether the probabilities can be trusted. If not, candidates are left out.
-        """
-        is_candidate = self.candidate >= 0
-        stranger = 1 - probability[self.candidate] if is_known else np.float32(0)
-        return np.where(is_candidate, stranger, np.float32(1)).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -288,8 +133,8 @@ def estimate_label_posteriors(
         similarity, weight = centres.compute_fit(faces, candidates.face, candidates.identity, labelled)
         stranger_similarity, stranger_weight = centres.compute_fit(faces, strangers.face, strangers.identity, no_share)
         is_stranger = strangers.compute_share(probability, is_known=n >= trusted_from)
-        stranger_normal = _fit_normal(stranger_similarity, stranger_weight, is_stranger)
-        genuine, impostor = _fit_distributions(_fit_normal(similarity, weight, probability), stranger_normal, threshold)
+        stranger_normal = fit_normal(stranger_similarity, stranger_weight, is_stranger)
+        genuine, impostor = fit_distributions(fit_normal(similarity, weight, probability), stranger_normal, threshold)
         tail = None
         if stranger_normal is impostor:
             has_rest = (stranger_weight >= MIN_WEIGHT) & (is_stranger > 0)
@@ -299,6 +144,9 @@ def estimate_label_posteriors(
         # Expectation: new probabilities.
         reach = None if spread is None else spread[candidates.face]
         ratio = compute_log_ratio(genuine, impostor, similarity, weight, tail, reach)
+        if tail is not None and n >= trusted_from:
+            near = NearStrangers.count(candidates, probability, similarity, weight, impostor, threshold)
+            ratio = _weigh_alone(candidates, ratio, similarity, weight, genuine, impostor, tail, near, reach)
         before = probability
         probability, no_identity = _compute_posteriors(candidates, ratio, weight, prior, rates)
         if n >= _UNDAMPED_ROUNDS:
@@ -429,7 +277,7 @@ def _estimate_missed(candidates: LabelCandidates, probability: Float32, weight: 
         return 0.0
     solid = candidates.is_own & (weight >= 1)
     right = probability[solid].astype(np.float64)
-    if right.sum() < _MIN_MASS:
+    if right.sum() < _MIN_RIGHT:
         return 0.0
     return float(right[~candidates.is_near[solid]].sum() / right.sum())
 
@@ -475,6 +323,39 @@ def compute_log_ratio(
     return np.where(weight >= 1, ratio, partial).astype(np.float32)
 
 
+def _weigh_alone(
+    candidates: LabelCandidates,
+    ratio: Float32,
+    similarity: Float32,
+    weight: Float32,
+    genuine: Normal,
+    impostor: Normal,
+    tail: StrangerTail,
+    near: NearStrangers | None,
+    reach: Float32 | None,
+) -> Float32:
+    """Weigh the candidates of faces whose own label nothing can be compared with by how near strangers are.
+
+    Nothing speaks against such a label but how well another identity fits, and many persons have a look-alike. A label
+    that its own identity speaks against is somebody else's. Then the steeper tail that is sampled tells the names that
+    come into question apart, which are not independent: who resembles one of two look-alikes resembles the other.
+
+    Returns:
+        The log likelihood ratios (m,).
+    """
+    if near is None:
+        return ratio
+    own = np.flatnonzero(candidates.is_own & (weight < MIN_WEIGHT))
+    is_alone = np.zeros(int(candidates.face.max(initial=-1)) + 1, bool)
+    is_alone[candidates.face[own]] = True
+    at = np.flatnonzero(is_alone[candidates.face] & ~candidates.is_own)
+    measured = StrangerTail(near.continue_tail(tail.log_density))
+    weighed = ratio.copy()
+    spread = None if reach is None else reach[at]
+    weighed[at] = compute_log_ratio(genuine, impostor, similarity[at], weight[at], measured, spread)
+    return weighed
+
+
 def weigh_names(
     faces: FaceVectors,
     candidates: LabelCandidates,
@@ -483,11 +364,14 @@ def weigh_names(
     prior: Float32,
     *,
     threshold: float,
+    pictures: Int64 | None = None,
+    is_further_person: Bool | None = None,
 ) -> LabelPosteriors:
     """Weigh which part of an identity bears its name, where it falls into two parts that may be two persons.
 
     Faces of two persons under one name vouch for their own part each, so that the estimation finds both right. The
-    name is the first part's with a probability that grows with its size: n1^2 / (n1^2 + n2^2).
+    name is the first part's with a probability that grows with its size: n1^2 / (n1^2 + n2^2). Faces that look like one
+    picture count once. Further persons of the name count as the second part does.
 
     Args:
         faces: n faces.
@@ -497,6 +381,8 @@ def weigh_names(
         prior: probability that the label is meant for this face at all, (n,). Faces that share photo and label are left
             out.
         threshold: similarity at which two faces are as likely one person as two.
+        pictures: number of pictures of the face's part, (n,). By default each face is a picture of its own.
+        is_further_person: whether the face's part is a further person of the name, (n,). By default none is.
     """
     own = np.flatnonzero(candidates.is_own)
     face = candidates.face[own]
@@ -506,7 +392,9 @@ def weigh_names(
     is_unclaimed = (claimed[face] < _CLAIMED) & (prior[face] == 1)
     first = _sum_part(faces, face, identity, (part[face] == 0) & is_unclaimed, candidates.identity_count)
     second = _sum_part(faces, face, identity, (part[face] == 1) & is_unclaimed, candidates.identity_count)
-    is_pair = (first.weight == 1) & (second.weight == 1)
+    first_pictures = _limit_pictures(first, identity, face, part == 0, pictures)
+    second_pictures = _limit_pictures(second, identity, face, part == 1, pictures)
+    is_pair = (first_pictures == 1) & (second_pictures == 1)
     is_open = is_pair | ((second.weight >= 2) & (first.weight >= 1))
     if not is_open.any():
         return posteriors
@@ -520,22 +408,38 @@ def weigh_names(
     ratio = compute_log_ratio(genuine, impostor, similarity.astype(np.float32), weight.astype(np.float32))
     apart = np.zeros(candidates.identity_count)
     apart[at] = 1 / (1 + np.exp(ratio.astype(np.float64) + _LOG_ODDS_ONE_PERSON))
+    # Persons beyond the second one of a name may bear it too.
+    is_third = np.zeros(len(part), bool) if is_further_person is None else is_further_person & (part > 1)
+    is_third_own = is_third[face] & is_unclaimed
+    third = _sum_squares(identity, part[face], is_third_own, candidates.identity_count, pictures, face)
+    squares = np.stack([first_pictures[at], second_pictures[at]]) ** 2
+    total = squares.sum(axis=0) + third[at]
     bears = np.ones(candidates.identity_count)
-    bears[at] = size[0] ** 2 / (size[0] ** 2 + size[1] ** 2)
+    bears[at] = squares[0] / total
+    bears_second = np.zeros(candidates.identity_count)
+    bears_second[at] = squares[1] / total
     # If the parts are one person, what was estimated holds, and a face of either part bears the name.
     probability = posteriors.probability.astype(np.float64)
     no_identity = posteriors.no_identity.astype(np.float64)
     is_first = part[face] == 0
     is_weighed = is_open[identity] & ((part[face] == 0) | (part[face] == 1)) & (prior[face] == 1)
-    share = np.where(is_first, bears[identity], 1 - bears[identity]) * (1 - claimed[face])
+    share = np.where(is_first, bears[identity], bears_second[identity]) * (1 - claimed[face])
     if_one = np.where(is_pair[identity], 1 - claimed[face], probability[own])
     weighed = (1 - apart[identity]) * if_one + apart[identity] * share
     # A face of a further part that fits the person of the nearer part is as doubtful as they.
     is_further = is_open[identity] & (part[face] > 1) & (prior[face] == 1)
     is_near_first, ratio = _compare_parts(faces, face, identity, first, second, genuine=genuine, impostor=impostor)
     fits = 1 / (1 + np.exp(-ratio.astype(np.float64) - _LOG_ODDS_ONE_PERSON))
-    share = np.where(is_near_first, bears[identity], 1 - bears[identity]) * (1 - claimed[face]) * fits
+    share = np.where(is_near_first, bears[identity], bears_second[identity]) * (1 - claimed[face]) * fits
+    # If it is one of another person of the name, it bears the name as likely as its part does.
+    own_square = np.ones(len(face)) if pictures is None else pictures[face].astype(np.float64) ** 2
+    total_of = np.ones(candidates.identity_count)
+    total_of[at] = total
+    share = np.where(is_third[face], own_square / total_of[identity] * (1 - claimed[face]), share)
     further = (1 - apart[identity]) * probability[own] + apart[identity] * share
+    # Whoever finds out which part bears the name looks at the other faces too.
+    is_undecided = (apart[identity] > _CLAIMED) & (bears[identity] < _SURE) & (claimed[face] < _CLAIMED)
+    further = np.where(is_undecided, np.maximum(further, 1 - _SURE + _OPEN), further)
     weighed = np.where(is_further, further, weighed)
     is_weighed |= is_further
     probability[own] = np.where(is_weighed, weighed, probability[own])
@@ -555,6 +459,32 @@ def weigh_names(
         similarity=to_rest,
         weight=rest,
     )
+
+
+def _limit_pictures(
+    sums: IdentityCentres, identity: Int64, face: Int64, is_part: Bool, pictures: Int64 | None
+) -> Float64:
+    """Count the pictures (k,) of a part of each identity: at most as many as there are faces in its sums."""
+    count = sums.weight.astype(np.float64)
+    if pictures is None:
+        return count
+    known = np.zeros(len(count))
+    chosen = is_part[face]
+    known[identity[chosen]] = pictures[face[chosen]]
+    return np.minimum(count, known)
+
+
+def _sum_squares(
+    identity: Int64, part: Int64, chosen: Bool, identity_count: int, pictures: Int64 | None, face: Int64
+) -> Float64:
+    """Sum the squares (k,) of the numbers of pictures of some parts of each identity."""
+    keys, at, count = np.unique(
+        np.stack([identity[chosen], part[chosen]], axis=1), axis=0, return_index=True, return_counts=True
+    )
+    number = count.astype(np.float64)
+    if pictures is not None:
+        number = np.minimum(number, pictures[face[chosen][at]])
+    return np.asarray(np.bincount(keys[:, 0], number**2, identity_count), np.float64)
 
 
 def _compare_parts(
@@ -611,7 +541,7 @@ def _fit_parts(
     share = is_core.astype(np.float32)
     centres = IdentityCentres.from_shares(faces, candidates, share)
     similarity, weight = centres.compute_fit(faces, candidates.face, candidates.identity, share)
-    return _fit_distributions(_fit_normal(similarity, weight, share), posteriors.impostor, threshold)
+    return fit_distributions(fit_normal(similarity, weight, share), posteriors.impostor, threshold)
 
 
 def _compute_posteriors(
@@ -638,43 +568,3 @@ def _compute_posteriors(
     total = no_identity + np.bincount(face, likelihood, len(prior))
     probability = (likelihood / total[face]).astype(np.float32)
     return candidates.settle(probability, (no_identity / total).astype(np.float32))
-
-
-def _fit_distributions(genuine: Normal | None, impostor: Normal | None, threshold: float) -> tuple[Normal, Normal]:
-    """Replace a distribution that the corpus does not show by one that mirrors the other at the threshold."""
-    if genuine is None:  # no identity has two faces: as far above the threshold as strangers lie below it
-        spread = abs(threshold - impostor.mean) if impostor else 0.05
-        genuine = Normal(threshold + spread / 2, (spread / 4) ** 2, 0.0)
-    if impostor is None or impostor.mean >= genuine.mean:
-        impostor = Normal(2 * threshold - genuine.mean, genuine.fixed_variance, genuine.variance_per_face)
-    return genuine, impostor
-
-
-def _fit_normal(similarity: Float32, weight: Float32, share: Float32) -> Normal | None:
-    """Fit the mean, and the variance as a line in 1 / weight, of similarities that count by their share.
-
-    Returns:
-        None if too few faces count.
-    """
-    is_usable = (weight >= MIN_WEIGHT) & (share > 0.01)
-    x = similarity[is_usable].astype(np.float64)
-    weight = weight[is_usable]
-    share = share[is_usable].astype(np.float64)
-    if share.sum() < _MIN_MASS:
-        return None
-    mean = float((x * share).sum() / share.sum())
-    overall = float((share * (x - mean) ** 2).sum() / share.sum())
-    # Mean of 1 / weight and variance in each bin of weights that holds enough faces.
-    bins = np.digitize(weight, _WEIGHT_BINS)
-    bin_count = len(_WEIGHT_BINS) + 1
-    mass = np.bincount(bins, share, bin_count)
-    is_solid = mass >= _MIN_MASS
-    inverse = np.bincount(bins, share / weight, bin_count)[is_solid] / mass[is_solid]
-    variance = np.bincount(bins, share * (x - mean) ** 2, bin_count)[is_solid] / mass[is_solid]
-    if is_solid.sum() < 2:
-        return Normal(mean, max(overall, 1e-6), 0.0)
-    # The variance is a line in 1 / weight, whose two parts must not be negative.
-    slope, _ = np.polyfit(inverse, variance, 1, w=np.sqrt(mass[is_solid]))
-    per_face = float(np.clip(slope, 0, None))
-    fixed = float(np.average(variance - per_face * inverse, weights=mass[is_solid]))
-    return Normal(mean, max(fixed, 0.1 * overall, 1e-6), per_face)

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from facepipe.curation.cleaning.distributions import MIN_WEIGHT
 from facepipe.curation.cleaning.evidence import FaceVectors, IdentityCentres, LabelCandidates
 from facepipe.curation.cleaning.model import (
-    MIN_WEIGHT,
     LabelPosteriors,
     NoiseRates,
     compute_log_ratio,

@@ -24,6 +24,7 @@ from facepipe.curation.cleaning.decide import (
     estimate_wrong,
     overrule_kept,
 )
+from facepipe.curation.cleaning.distributions import Normal
 from facepipe.curation.cleaning.evidence import FaceVectors, IdentityCentres, LabelCandidates, find_candidates
 from facepipe.curation.cleaning.identities import (
     IdentityParts,
@@ -33,12 +34,11 @@ from facepipe.curation.cleaning.identities import (
 )
 from facepipe.curation.cleaning.model import (
     LabelPosteriors,
-    Normal,
-    StrangerTail,
     compute_log_ratio,
     weigh_names,
 )
 from facepipe.curation.cleaning.near_identities import estimate_beyond_graph
+from facepipe.curation.cleaning.strangers import StrangerTail
 from facepipe.nearest import join as near
 from facepipe.nearest.similarity import Pairs, refine_pairs
 from facepipe.sources.labels import format_label
