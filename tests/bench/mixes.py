@@ -1,19 +1,24 @@
 """Cluster galleries of many sizes and mixes of persons, and print the threshold found and the scores.
 
-    python tests/bench/mixes.py [NAME ...] [--seed 1] [--lfw GALLERY] [--large] [--best]
+    python tests/bench/mixes.py [NAME ...] [--seed 1] [--lfw GALLERY] [--large] [--best] [--before TREE]
 
 The mixes are drawn by `hard_faces.py`. Names with `easy` are of one quality, as the figures of earlier reports were;
 `hard` ones are as hard as LFW. With `card` the gallery says that its model is dlib's; without, the model states no
 threshold. --lfw adds a gallery of real faces and both halves of its identities. --large adds the mixes of 90,000 faces.
---best adds the BCubed F that the best of twelve thresholds would give.
+--best adds the BCubed F that the best of twelve thresholds would give. --before writes the table of docs/performance.md
+instead: also with the code of commit 8b660ca, of which TREE is a checkout (`git worktree add TREE 8b660ca`).
 """
 # ruff: noqa: E402
 
 import argparse
+import os
+import platform
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -202,17 +207,63 @@ def run_gallery(gallery: Gallery, folder: str, truth: dict[int, int], *, best: b
 
 def run_real(path: str, *, best: bool) -> None:
     """Cluster the largest faces of real photos, and each half of their identities."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, gallery, truth in list_real(path, folder):
+            line = run_gallery(gallery, f"{folder}/graph of {name}", truth, best=best)
+            print(f"{'real faces, ' + name:32} {line}", flush=True)
+
+
+def list_real(path: str, folder: str) -> Iterator[tuple[str, Gallery, dict[int, int]]]:
+    """Make galleries of the largest faces of real photos, and of each half of their identities, with the truth."""
     real = Gallery(path)
     table = select_faces(real, 1)
     names = np.unique(np.array(table["identity"].to_pylist()), return_inverse=True)[1]
     half = np.random.default_rng(0).random(int(names.max()) + 1) < 1 / _HALVES
     for name, chosen in (("whole", names >= 0), ("half 1", half[names]), ("half 2", ~half[names])):
-        with tempfile.TemporaryDirectory() as folder:
-            part = table.filter(pa.array(chosen))
-            append(Gallery.create(f"{folder}/G", real.contract), [part], "real")
-            truth = dict(zip(part["face_id"].to_pylist(), names[chosen].tolist(), strict=True))
-            line = run_gallery(Gallery(f"{folder}/G"), f"{folder}/graph", truth, best=best)
-            print(f"{'real faces, ' + name:32} {line}", flush=True)
+        part = table.filter(pa.array(chosen))
+        append(Gallery.create(f"{folder}/{name}", real.contract), [part], "real")
+        truth = dict(zip(part["face_id"].to_pylist(), names[chosen].tolist(), strict=True))
+        yield name, Gallery(f"{folder}/{name}"), truth
+
+
+def list_rows(args: argparse.Namespace) -> Iterator[tuple[str, DrawnFaces, Contract]]:
+    """List the chosen mixes, and real faces if there are any: name, faces and model."""
+    for name, mix in list_mixes().items():
+        if (not args.names or name in args.names) and (args.large or not mix.is_large):
+            yield name, mix.draw(args.seed), CARD if mix.has_card else CONTRACT
+
+
+def print_table(args: argparse.Namespace) -> None:
+    """Print a row per mix: with the code of an older commit, and with this one."""
+    print(f"{date.today()}, {os.cpu_count()} CPUs, Python {platform.python_version()}: {' '.join(sys.argv)}\n")
+    print("| mix | before: threshold, clusters of persons, pairs F, BCubed P R F | now |")
+    print("|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, faces, contract in list_rows(args):
+            path = f"{folder}/faces.npz"
+            np.savez(path, vectors=faces.vectors, person=faces.person, has_card=contract is CARD)
+            before = run_before(args.before, path)
+            # The columns of a line are apart by spaces only.
+            now = run_mix(faces, contract, best=False)
+            print(f"| {name} | {' '.join(before.split())} | {' '.join(now.split())} |", flush=True)
+        for name, gallery, truth in list_real(args.lfw, folder) if args.lfw else ():
+            ids, vectors = gallery.vectors()
+            person = np.array([truth[face] for face in ids.tolist()])
+            np.savez(f"{folder}/faces.npz", vectors=vectors, person=person, has_card=True)
+            before = run_before(args.before, f"{folder}/faces.npz")
+            now = run_gallery(gallery, f"{folder}/graph of {name}", truth, best=False)
+            print(f"| real faces, {name} | {' '.join(before.split())} | {' '.join(now.split())} |", flush=True)
+
+
+def run_before(tree: str, path: str) -> str:
+    """Cluster the faces in a file with the code of a checkout of an older commit."""
+    search_path = f"{tree}:{tree}/tests/bench"
+    environment = {**os.environ, "PYTHONPATH": search_path, "PYTHONSAFEPATH": "1"}
+    script = str(Path(__file__).with_name("mixes_before.py"))
+    done = subprocess.run(
+        [sys.executable, script, path], env=environment, capture_output=True, text=True, check=True, timeout=3600
+    )
+    return done.stdout.strip().splitlines()[-1]
 
 
 def main() -> None:
@@ -222,15 +273,17 @@ def main() -> None:
     parser.add_argument("--lfw")
     parser.add_argument("--large", action="store_true")
     parser.add_argument("--best", action="store_true")
+    parser.add_argument("--before", metavar="TREE")
     args = parser.parse_args()
+    if args.before:
+        print_table(args)
+        return
     head = f"{'mix':32} threshold   clusters of persons  pairs F  BCubed P R F"
     print(head + ("            best F" if args.best else ""))
     if args.lfw:
         run_real(args.lfw, best=args.best)
-    for name, mix in list_mixes().items():
-        if (args.names and name not in args.names) or (mix.is_large and not args.large):
-            continue
-        line = run_mix(mix.draw(args.seed), CARD if mix.has_card else CONTRACT, best=args.best and not mix.is_large)
+    for name, faces, contract in list_rows(args):
+        line = run_mix(faces, contract, best=args.best)
         print(f"{name:32} {line}", flush=True)
 
 

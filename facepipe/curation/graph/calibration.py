@@ -7,9 +7,9 @@ from functools import partial
 import numpy as np
 
 from facepipe.curation.graph.cohort import Cohort
-from facepipe.curation.graph.dendrogram import cut_at, cut_into, find_clear_gap, find_gap
+from facepipe.curation.graph.dendrogram import cut_at, cut_into, find_clear_gap, find_gap, find_group_gap
+from facepipe.curation.graph.neighbourhoods import gather_neighbourhoods
 from facepipe.curation.graph.threshold import (
-    BIN_EDGES,
     ImpostorCurve,
     Threshold,
     count_similarities,
@@ -31,7 +31,8 @@ _MIN_PERSONS = 200
 # The same for a model that states none.
 _MIN_COHORT_ALONE = 250
 _MIN_PERSONS_ALONE = 60
-_MIN_REPEATED = 0.25  # share of the faces with a neighbour, below which only the model can say who is one person
+_MIN_REPEATED = 0.35  # share of the faces with a neighbour, below which only the model can say who is one person
+_MAX_LOST = 0.02  # share of the faces that may lose their last neighbour where the threshold is raised
 # Without any threshold the first guess at the cohort's persons is a tree of faces, cut into so many.
 _TREE_FACES = 2000
 _TREE_PERSONS = (400, 200, 100, 60)  # fewer if more cut persons apart
@@ -68,6 +69,7 @@ class Calibration:
         counts: Counts of the similarities of random pairs.
         impostors: Expected share of strangers among a face's neighbours, by threshold; empty if it is not known.
         threshold: From which similarity two faces are one person.
+        curve: What the share was taken from, if it is known.
     """
 
     cohort: Cohort
@@ -75,6 +77,7 @@ class Calibration:
     counts: Int64
     impostors: Float64
     threshold: Threshold
+    curve: ImpostorCurve | None = None
 
 
 ComputeDensity = Callable[[Cohort, Float32], Float32]
@@ -108,21 +111,19 @@ def calibrate(
     Raises:
         ThresholdError: the model has no threshold of its own.
     """
-    everything = np.arange(len(vectors))
-    fit = everything if unfit is None or unfit.all() else np.flatnonzero(~unfit)
-    sample = fit[draw_sample(len(fit), options.seed)]
-    calibration = _estimate(vectors, fit, sample, options, compute_density)
-    if calibration is None and len(fit) < len(vectors) and not (options.threshold or options.model_threshold):
+    is_fit = np.ones(len(vectors), bool) if unfit is None or unfit.all() else ~unfit
+    guide = _GuideFaces.draw(is_fit, options.seed)
+    calibration = _estimate(vectors, guide, options, compute_density)
+    if calibration is None and not is_fit.all() and not (options.threshold or options.model_threshold):
         # The fit faces are too few. All faces are a poorer guide, but the only one.
-        fit = everything
-        sample = draw_sample(len(vectors), options.seed)
-        calibration = _estimate(vectors, fit, sample, options, compute_density)
+        guide = _GuideFaces.draw(np.ones(len(vectors), bool), options.seed)
+        calibration = _estimate(vectors, guide, options, compute_density)
     if calibration is not None:
         return calibration
     # Otherwise use a given distance, with densities of zero.
     density = np.zeros(len(vectors), np.float32)
-    counts = count_similarities(vectors, density, sample).sum(axis=0, dtype=np.int64)
-    threshold = _choose_known(vectors, fit, options)
+    counts = count_similarities(vectors, density, guide.sample).sum(axis=0, dtype=np.int64)
+    threshold = _choose_known(vectors, guide.positions, options)
     return Calibration(Cohort.create_empty(vectors.shape[1]), density, counts, np.empty(0), threshold)
 
 
@@ -132,13 +133,21 @@ def _choose_known(vectors: Float32, fit: Int64, options: CalibrationOptions) -> 
     Raises:
         ThresholdError: there is none.
     """
-    distance = options.threshold or options.model_threshold
-    if distance is not None:
-        return Threshold.from_distance(distance, 0.0)
+    if options.threshold is not None:
+        return Threshold.from_distance(options.threshold, 0.0)
     part = draw_part(vectors, options.seed, fit)
+    # Of few persons with many faces each the groups are apart.
+    gap = find_group_gap(part)
+    found = Threshold(gap.similarity, gap.genuine, 0.0) if gap and gap.is_between_persons else None
+    if options.model_threshold is not None:
+        if found is not None and _is_plausible(found, 0.0, options.model_threshold):
+            return found
+        return Threshold.from_distance(options.model_threshold, 0.0)
     gap = find_gap(part) or find_clear_gap(part)
     if gap is not None:
         return Threshold(gap.similarity, gap.genuine, 0.0)
+    if found is not None:
+        return found
     raise ThresholdError(
         "too few faces, or too few persons, to estimate from which distance two faces are of one person, and the "
         f"model {options.embedder!r} has no default: set a distance with --threshold, or --set graph.threshold=0.4"
@@ -153,21 +162,42 @@ def draw_part(vectors: Float32, seed: int, fit: Int64 | None = None) -> Float32:
     return np.ascontiguousarray(vectors[positions[chosen]])
 
 
+@dataclass(frozen=True)
+class _GuideFaces:
+    """The faces that show what persons and strangers look like.
+
+    Attributes:
+        is_guide: Whether a face is one of them, (n,).
+        positions: Their positions, (m,).
+        sample: Positions, sorted, of a sample of them.
+    """
+
+    is_guide: Bool
+    positions: Int64
+    sample: Int64
+
+    @classmethod
+    def draw(cls, is_guide: Bool, seed: int) -> "_GuideFaces":
+        """Draw the sample."""
+        positions = np.flatnonzero(is_guide)
+        return cls(is_guide, positions, positions[draw_sample(len(positions), seed)])
+
+
 def _estimate(
-    vectors: Float32, fit: Int64, sample: Int64, options: CalibrationOptions, compute_density: ComputeDensity
+    vectors: Float32, guide: _GuideFaces, options: CalibrationOptions, compute_density: ComputeDensity
 ) -> Calibration | None:
     """Estimate densities and threshold by fit faces; None if they do not show what strangers look like.
 
     A threshold that is given replaces the one found. The densities stay those of the persons that the data show.
     """
-    if len(fit) < _MIN_FACES:
+    if len(guide.positions) < _MIN_FACES:
         return None
     if options.threshold:
-        found = _estimate(vectors, fit, sample, replace(options, threshold=None), compute_density)
+        found = _estimate(vectors, guide, replace(options, threshold=None), compute_density)
         if found is not None:
             given = Threshold.from_distance(options.threshold, float(found.density.mean()))
             return replace(found, threshold=given)
-    whole = Cohort.draw(vectors, options.seed, fit).vectors
+    whole = Cohort.draw(vectors, options.seed, guide.positions).vectors
     part = draw_part(whole, options.seed)
     # Guesses at the persons of the cohort: by the model's own distance, and by a tree that is cut.
     guesses: list[Callable[[], _CohortPersons]] = []
@@ -177,9 +207,9 @@ def _estimate(
         guesses.append(lambda: _CohortPersons(whole, cut_at(whole, density, known.similarity)))
     guesses += [partial(_cut_part, part, count) for count in _TREE_PERSONS]
     for guess in guesses:
-        calibration = _refine(vectors, sample, whole, guess(), options, compute_density)
+        calibration = _refine(vectors, guide, whole, guess(), options, compute_density)
         if calibration:
-            return calibration
+            return _raise_over_look_alikes(vectors, guide, calibration, options)
     return None
 
 
@@ -189,7 +219,7 @@ def _cut_part(part: Float32, count: int) -> "_CohortPersons":
 
 def _refine(
     vectors: Float32,
-    sample: Int64,
+    guide: _GuideFaces,
     whole: Float32,
     guess: "_CohortPersons",
     options: CalibrationOptions,
@@ -207,7 +237,7 @@ def _refine(
         if not thinned.is_enough(is_alone=options.model_threshold is None):
             return None
         before = calibration
-        calibration = _measure(vectors, sample, thinned, options, compute_density)
+        calibration = _measure(vectors, guide, thinned, options, compute_density)
         if calibration is None or options.threshold:
             return calibration
         if before and abs(calibration.threshold.similarity - before.threshold.similarity) < _SETTLED:
@@ -219,7 +249,7 @@ def _refine(
 
 def _measure(
     vectors: Float32,
-    sample: Int64,
+    guide: _GuideFaces,
     persons: "_CohortPersons",
     options: CalibrationOptions,
     compute_density: ComputeDensity,
@@ -227,7 +257,7 @@ def _measure(
     """Measure densities and threshold against the strangers of a thinned cohort."""
     cohort = Cohort(persons.vectors)
     density = compute_density(cohort, vectors)
-    neighbours = count_similarities(vectors, density, sample)
+    neighbours = count_similarities(vectors, density, guide.sample)
     curve = _estimate_curve(persons, cohort, neighbours, len(vectors))
     mean_density = float(density.mean())
     if options.threshold:
@@ -237,12 +267,34 @@ def _measure(
         if estimated is None or curve is None or not _is_plausible(estimated, mean_density, options.model_threshold):
             return None
         # Photos of one session look like the persons of a gallery in which nobody or one person only is repeated.
-        at = int(np.searchsorted(BIN_EDGES, estimated.similarity))
-        if options.model_threshold is None and curve.has_neighbour[at] < _MIN_REPEATED:
+        if options.model_threshold is None and curve.get_connected(estimated) < _MIN_REPEATED:
             return None
         threshold = estimated
     counts = neighbours.sum(axis=0, dtype=np.int64)
-    return Calibration(cohort, density, counts, curve.share if curve else np.empty(0), threshold)
+    return Calibration(cohort, density, counts, curve.share if curve else np.empty(0), threshold, curve)
+
+
+def _raise_over_look_alikes(
+    vectors: Float32, guide: _GuideFaces, calibration: Calibration, options: CalibrationOptions
+) -> Calibration:
+    """Raise the threshold if groups of look-alikes are nearer than that, and far below the groups of one person.
+
+    Persons who look alike are more than the null foresees. Networks with an angular margin leave a gap above them.
+    """
+    threshold = calibration.threshold
+    density = calibration.density
+    if calibration.curve is None:
+        return calibration
+    near = gather_neighbourhoods(vectors, density, guide.sample, threshold.similarity, guide.is_guide, options.seed)
+    gap = find_group_gap(np.ascontiguousarray(vectors[near]), density[near], threshold.similarity)
+    if gap is None:
+        return calibration
+    raised = calibration.curve.raise_threshold(threshold, gap.similarity)
+    # In a gap between persons hardly a face has its nearest of the same person.
+    lost = calibration.curve.get_connected(threshold) - calibration.curve.get_connected(raised)
+    if lost > _MAX_LOST or not _is_plausible(raised, float(density.mean()), options.model_threshold):
+        return calibration
+    return replace(calibration, threshold=raised)
 
 
 def _estimate_curve(persons: "_CohortPersons", cohort: Cohort, neighbours: Int32, faces: int) -> ImpostorCurve | None:

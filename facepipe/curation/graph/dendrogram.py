@@ -21,6 +21,12 @@ _CLEAR_GAP = 0.3
 _MIN_CLEAR_FACES = 100
 _MIN_CLEAR_GROUPED = 0.25
 
+# Merges of groups of at least `_MIN_GROUP` faces each. If few lie below a gap, it must be wider.
+_MIN_MERGES_INSIDE = 3
+_MIN_MERGES_BETWEEN = 3
+_MIN_GAP_OF_FEW = 0.5
+_ABOVE_STRANGERS = 1 / 6  # of the gap; single faces of a person reach down to there
+
 
 @dataclass(frozen=True)
 class Gap:
@@ -29,10 +35,17 @@ class Gap:
     Attributes:
         similarity: Mean cosine of two clusters from which they are one person.
         genuine: Share of the pairs that are of one person.
+        grouped: Share of the faces that are in clusters of several.
     """
 
     similarity: float
     genuine: float
+    grouped: float = 1.0
+
+    @property
+    def is_between_persons(self) -> bool:
+        """Whether hardly a face is alone, so that the gap is not one between faces."""
+        return self.grouped >= _MIN_GROUPED
 
 
 def cut_into(vectors: Float32, clusters: int) -> Int64:
@@ -113,6 +126,50 @@ def find_clear_gap(vectors: Float32) -> Gap | None:
         return None
     genuine = float((size * (size - 1)).sum() / (count * (count - 1)))
     return Gap(float(similarity[last + 1] + drops[last] / 2), genuine)
+
+
+def find_group_gap(vectors: Float32, density: Float32 | None = None, lowest: float = -1.0) -> Gap | None:
+    """Find the widest gap between the merges of groups of several faces each.
+
+    A group that stands for a person joins another one of that person at a high similarity, since means hardly vary.
+    Groups of two persons who look alike join far below. Single poor faces lie between, and are left out here.
+
+    Args:
+        vectors: unit vectors (n, dim).
+        density: densities (n,).
+        lowest: similarity below which merges are left out: they are known to be of two persons.
+
+    Returns:
+        A threshold a little above the most similar persons; None if there is no such gap.
+    """
+    count = len(vectors)
+    if count < _MIN_GROUP * _MIN_CLUSTERS:
+        return None
+    tree = _build_tree(vectors, density)
+    similarity = _list_group_merges(tree)
+    similarity = similarity[similarity >= lowest]
+    best: Gap | None = None
+    widest = 0.0
+    for inside in range(_MIN_MERGES_INSIDE, len(similarity)):
+        gap = float(similarity[inside - 1] - similarity[inside])
+        typical = float(np.median(similarity[:inside]) - np.median(similarity[inside:]))
+        is_few = len(similarity) - inside < _MIN_MERGES_BETWEEN
+        if gap <= max(widest, (_MIN_GAP_OF_FEW if is_few else _MIN_GAP) * typical):
+            continue
+        widest = gap
+        threshold = float(similarity[inside] + _ABOVE_STRANGERS * gap)
+        size = np.bincount(fcluster(tree, 1 - threshold, "distance"))
+        genuine = float((size * (size - 1)).sum() / (count * (count - 1)))
+        best = Gap(threshold, genuine, float(size[size >= _MIN_GROUP].sum() / count))
+    return best
+
+
+def _list_group_merges(tree: Float64) -> Float64:
+    """List the similarities, falling, of the merges of two groups of several faces each."""
+    count = len(tree) + 1
+    size = np.concatenate([np.ones(count), tree[:, 3]])
+    smaller = np.minimum(size[tree[:, 0].astype(np.int64)], size[tree[:, 1].astype(np.int64)])
+    return np.asarray(1 - tree[smaller >= _MIN_GROUP, 2], np.float64)
 
 
 def _build_tree(vectors: Float32, density: Float32 | None = None) -> Float64:

@@ -23,9 +23,6 @@ BIN_EDGES = np.arange(_LOWEST, _HIGHEST + _STEP, _STEP)
 _BINS = len(BIN_EDGES) - 1
 _MIN_PAIRS = 1000
 _STRANGERS_PER_FACE = 0.25  # per unit of the share: the threshold is never beyond where a face has so many
-_MAX_LOST = (
-    0.02  # share of a face's neighbours that a higher threshold may lose: where it loses none, strangers are fewer
-)
 _MAX_EXPECTED = 2.0  # times the strangers that there can be, the most that a fit may expect
 _BLOCK_COLUMNS = 8192  # a block of products and what follows from it stay in the cache
 _BLOCK_ROWS = 256
@@ -68,25 +65,16 @@ class ImpostorCurve:
         share: Mean share over faces that have a neighbour (3000,), if the threshold is at the beginning of each bin.
         strangers: Expected strangers per face (3000,).
         genuine: Share of all pairs that are of one person and above (3000,).
-        logarithm: Mean logarithm of one more than a face's neighbours (3000,).
         has_neighbour: Share of the faces that have a neighbour (3000,).
     """
 
     share: Float64
     strangers: Float64
     genuine: Float64
-    logarithm: Float64
     has_neighbour: Float64
 
     def find_threshold(self, impostors: float) -> Threshold | None:
-        """Find the lowest threshold at which few enough neighbours are strangers.
-
-        It is raised as long as that costs hardly any neighbour: some embedders leave a wide gap between persons, and a
-        few look-alikes lie in it that no extrapolation foresees.
-
-        Returns:
-            None if there is none.
-        """
+        """Find the lowest threshold at which few enough neighbours are strangers; None if there is none."""
         has_few = self.share <= impostors
         has_few |= (self.strangers <= _STRANGERS_PER_FACE * impostors) & (self.share <= _MAX_EXPECTED)
         # The share need not fall everywhere: take the bin behind the last one with too many.
@@ -94,8 +82,18 @@ class ImpostorCurve:
         at = int(too_many[-1]) + 1 if too_many.size else 0
         if at == 0 or at >= len(self.share):
             return None
-        is_free = self.logarithm[at] - self.logarithm[at:] <= _MAX_LOST
-        at += int(np.flatnonzero(is_free)[-1]) if self.logarithm[at] > _MAX_LOST else 0
+        return self._describe(at)
+
+    def raise_threshold(self, threshold: Threshold, similarity: float) -> Threshold:
+        """Return the threshold, or that at a similarity if it is higher."""
+        at = min(int(np.searchsorted(BIN_EDGES, similarity)), len(self.share) - 1)
+        return self._describe(at) if BIN_EDGES[at] > threshold.similarity else threshold
+
+    def get_connected(self, threshold: Threshold) -> float:
+        """Get the share of the faces that have a neighbour at a threshold."""
+        return float(self.has_neighbour[min(int(np.searchsorted(BIN_EDGES, threshold.similarity)), _BINS - 1)])
+
+    def _describe(self, at: int) -> Threshold:
         return Threshold(float(BIN_EDGES[at]), float(self.genuine[at]), min(1.0, float(self.share[at])))
 
 
@@ -177,17 +175,15 @@ def estimate_curve(neighbours: Int32, stranger_pairs: Int64, faces: int) -> Impo
     inverse = np.zeros(_BINS)
     has_any = np.zeros(_BINS)
     mean = np.zeros(_BINS)
-    logarithm = np.zeros(_BINS)
     for row in range(0, len(neighbours), _BLOCK_ROWS):
         above = neighbours[row : row + _BLOCK_ROWS, ::-1].cumsum(axis=1, dtype=np.int64)[:, ::-1]
         inverse += (1 / (above + 1)).sum(axis=0)
         has_any += (above > 0).sum(axis=0)
         mean += above.sum(axis=0)
-        logarithm += np.log1p(above).sum(axis=0)
     share = strangers * inverse / np.maximum(1, has_any)
     genuine = np.maximum(0, mean / len(neighbours) - strangers) / max(1, faces - 1)
     sampled = len(neighbours)
-    return ImpostorCurve(share, strangers, genuine, logarithm / sampled, has_any / sampled)
+    return ImpostorCurve(share, strangers, genuine, has_any / sampled)
 
 
 def _find_bins(similarities: Float32) -> Int32:
