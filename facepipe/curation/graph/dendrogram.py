@@ -9,6 +9,7 @@ from facepipe.types import Float32, Float64, Int64
 
 # A gap is believed if it is this share of the distance between typical merges inside persons and between them.
 _MIN_GAP = 0.25
+_ROUNDING = 1e-5  # products of copies differ by so much
 # Of the faces so many must be in clusters of several, or the gap is between single faces. A few poor ones are alone.
 _MIN_GROUPED = 0.9
 _MIN_GROUP = 5
@@ -24,7 +25,9 @@ _MIN_CLEAR_GROUPED = 0.25
 # Merges of groups of at least `_MIN_GROUP` faces each. If few lie below a gap, it must be wider.
 _MIN_MERGES_INSIDE = 3
 _MIN_MERGES_BETWEEN = 3
+_MIN_GAP_OF_GROUPS = 0.2
 _MIN_GAP_OF_FEW = 0.5
+_MAX_LARGEST = 0.6  # of the faces in one cluster
 _ABOVE_STRANGERS = 1 / 6  # of the gap; single faces of a person reach down to there
 
 
@@ -36,16 +39,18 @@ class Gap:
         similarity: Mean cosine of two clusters from which they are one person.
         genuine: Share of the pairs that are of one person.
         grouped: Share of the faces that are in clusters of several.
+        largest: Share of the faces that are in the largest cluster.
     """
 
     similarity: float
     genuine: float
     grouped: float = 1.0
+    largest: float = 0.0
 
     @property
     def is_between_persons(self) -> bool:
-        """Whether hardly a face is alone, so that the gap is not one between faces."""
-        return self.grouped >= _MIN_GROUPED
+        """Whether it parts nearly all faces into several persons: it does not lie between faces, or below strangers."""
+        return self.grouped >= _MIN_GROUPED and self.largest <= _MAX_LARGEST
 
 
 def cut_into(vectors: Float32, clusters: int) -> Int64:
@@ -90,7 +95,7 @@ def find_gap(vectors: Float32) -> Gap | None:
         between = similarity[count - clusters :]
         gap = float(inside[-1] - between[0])
         typical = float(np.median(inside) - np.median(between))
-        if gap <= max(widest, _MIN_GAP * typical):
+        if gap <= max(widest, _MIN_GAP * typical, _ROUNDING):
             continue
         size = np.bincount(fcluster(tree, clusters, "maxclust"))
         if size[size >= _MIN_GROUP].sum() < _MIN_GROUPED * count or (size >= _MIN_GROUP).sum() < _MIN_CLUSTERS:
@@ -147,21 +152,25 @@ def find_group_gap(vectors: Float32, density: Float32 | None = None, lowest: flo
         return None
     tree = _build_tree(vectors, density)
     similarity = _list_group_merges(tree)
-    similarity = similarity[similarity >= lowest]
-    best: Gap | None = None
-    widest = 0.0
-    for inside in range(_MIN_MERGES_INSIDE, len(similarity)):
-        gap = float(similarity[inside - 1] - similarity[inside])
-        typical = float(np.median(similarity[:inside]) - np.median(similarity[inside:]))
-        is_few = len(similarity) - inside < _MIN_MERGES_BETWEEN
-        if gap <= max(widest, (_MIN_GAP_OF_FEW if is_few else _MIN_GAP) * typical):
-            continue
-        widest = gap
-        threshold = float(similarity[inside] + _ABOVE_STRANGERS * gap)
-        size = np.bincount(fcluster(tree, 1 - threshold, "distance"))
-        genuine = float((size * (size - 1)).sum() / (count * (count - 1)))
-        best = Gap(threshold, genuine, float(size[size >= _MIN_GROUP].sum() / count))
-    return best
+    if len(similarity) <= _MIN_MERGES_INSIDE:
+        return None
+    drops = similarity[:-1] - similarity[1:]
+    inside = _MIN_MERGES_INSIDE + int(np.argmax(drops[_MIN_MERGES_INSIDE - 1 :]))
+    gap = float(drops[inside - 1])
+    # What lies below the gap must be groups that would join otherwise.
+    between = similarity[inside:]
+    between = between[between >= lowest]
+    if not len(between):
+        return None
+    typical = float(np.median(similarity[:inside]) - np.median(between))
+    is_few = len(between) < _MIN_MERGES_BETWEEN
+    if gap <= (_MIN_GAP_OF_FEW if is_few else _MIN_GAP_OF_GROUPS) * typical:
+        return None
+    threshold = float(between[0] + _ABOVE_STRANGERS * gap)
+    size = np.bincount(fcluster(tree, 1 - threshold, "distance"))
+    genuine = float((size * (size - 1)).sum() / (count * (count - 1)))
+    grouped = float(size[size >= _MIN_GROUP].sum() / count)
+    return Gap(threshold, genuine, grouped, float(size.max() / count))
 
 
 def _list_group_merges(tree: Float64) -> Float64:

@@ -9,6 +9,7 @@ from facepipe.types import Bool, Float32, Int64, UInt64
 
 _SEEDS = 96
 _MAX_MEMBERS = 48  # per neighbourhood
+_MAX_HELD = 2 * _MAX_MEMBERS * _SEEDS  # members, before neighbourhoods are cut down to what they may have
 _BLOCK_COLUMNS = 8192
 _MIXER = np.uint64(0x9E3779B97F4A7C15)
 
@@ -42,7 +43,7 @@ def gather_neighbourhoods(
         rows = np.concatenate([rows, row])
         members = np.concatenate([members, column + at])
         # Keep what a neighbourhood may have, so that memory does not grow with the largest person.
-        if len(rows) > 2 * _MAX_MEMBERS * _SEEDS:
+        if len(rows) > _MAX_HELD:
             kept = _select_members(rows, members)
             rows = rows[kept]
             members = members[kept]
