@@ -33,6 +33,7 @@ _MIN_COHORT_ALONE = 250
 _MIN_PERSONS_ALONE = 60
 _MIN_REPEATED = 0.35  # share of the faces with a neighbour, below which only the model can say who is one person
 _MAX_LOST = 0.02  # share of the faces that may lose their last neighbour where the threshold is raised
+_MIN_KEPT = 0.75  # of the pairs of one person, there
 # Without any threshold the first guess at the cohort's persons is a tree of faces, cut into so many.
 _TREE_FACES = 2000
 _TREE_PERSONS = (400, 200, 100, 60)  # fewer if more cut persons apart
@@ -290,9 +291,10 @@ def _raise_over_look_alikes(
     if gap is None:
         return calibration
     raised = calibration.curve.raise_threshold(threshold, gap.similarity)
-    # In a gap between persons hardly a face has its nearest of the same person.
+    # In a gap between persons hardly a face loses its last neighbour, and few pairs of one person lie.
     lost = calibration.curve.get_connected(threshold) - calibration.curve.get_connected(raised)
-    if lost > _MAX_LOST or not _is_plausible(raised, float(density.mean()), options.model_threshold):
+    is_cut = lost > _MAX_LOST or raised.genuine < _MIN_KEPT * threshold.genuine
+    if is_cut or not _is_plausible(raised, float(density.mean()), options.model_threshold):
         return calibration
     return replace(calibration, threshold=raised)
 
