@@ -1,5 +1,6 @@
 """List files: an image and its label per line, in the layouts that face corpora are handed around in."""
 
+import codecs
 import csv
 import json
 import os
@@ -28,6 +29,8 @@ _MAX_LINE = 1 << 16
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 _MAX_CONTROL = 0.02
 _FEW_CONTROL = 5
+# How texts of UTF-16 begin, as spreadsheets on Windows write them.
+_WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # What no name of a file has, in any encoding: a zero, or bytes that are not UTF-8.
 _NOT_IN_NAMES = re.compile(r"[\x00\udc80-\udcff]")
 
@@ -159,6 +162,10 @@ class ListSource:
 
     def _open(self) -> IO[str]:
         try:
+            with open(self.path, "rb") as file:
+                is_wide = file.read(2) in _WIDE_MARKS
+            if is_wide:
+                return open(self.path, encoding="utf-16", errors="replace", newline="")
             return open(self.path, encoding="utf-8-sig", errors="surrogateescape", newline="")
         except OSError as error:
             raise SourceError(f"cannot read the list {self.path!r}: {describe_error(error)}") from error

@@ -42,9 +42,12 @@ def test_only_the_ranges_of_named_columns_are_opened(
 ) -> None:
     asked: list[Collection[str] | None] = []
     split = Gallery._split_files
-    monkeypatch.setattr(
-        Gallery, "_split_files", lambda self, ranges, where: asked.append(ranges) or split(self, ranges, where)
-    )
+
+    def note_ranges(self: Gallery, ranges: Collection[str] | None, *further: Any, **options: Any) -> Any:
+        asked.append(ranges)
+        return split(self, ranges, *further, **options)
+
+    monkeypatch.setattr(Gallery, "_split_files", note_ranges)
     found = gallery.to_arrow(["uri", "face_index"], text)
     assert set(asked[0] or ()) == set(FILTERS.get(text or "", ()))
     everything = gallery.open_all_rows().to_table(["uri", "face_index"], filter=module.to_filter(text))

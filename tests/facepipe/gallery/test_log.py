@@ -186,8 +186,8 @@ def test_of_writers_of_one_version_one_wins(gallery: Gallery) -> None:
 @pytest.mark.parametrize(
     "protocol",
     [
-        {"minReaderVersion": 3, "minWriterVersion": 7, "readerFeatures": ["deletionVectors"]}
-        | {"writerFeatures": ["deletionVectors"]},
+        {"minReaderVersion": 3, "minWriterVersion": 7, "readerFeatures": ["columnMapping"]}
+        | {"writerFeatures": ["columnMapping"]},
         {"minReaderVersion": 1, "minWriterVersion": 4},
     ],
 )

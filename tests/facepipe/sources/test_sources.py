@@ -332,6 +332,13 @@ def test_a_photo_that_is_called_a_list_is_no_list(tmp_path: Path) -> None:
     assert all(len(item.uri) < 300 + len(str(tmp_path)) for item in found)
 
 
+def test_a_list_in_utf16_is_text(tmp_path: Path) -> None:
+    """Spreadsheets on Windows write such lists."""
+    (tmp_path / "list.csv").write_bytes("path,identity\r\nä.jpg,Zoë\r\nb.jpg,Ann\r\n".encode("utf-16"))
+    found = items(tmp_path / "list.csv")
+    assert [(item.uri.rsplit("/", 1)[1], item.identity) for item in found] == [("ä.jpg", "Zoë"), ("b.jpg", "Ann")]
+
+
 def test_names_of_control_characters_make_no_binary_data(tmp_path: Path) -> None:
     name = "\x1f\x08\x08\x02.jpg"
     (tmp_path / "list.csv").write_text("path,identity\n" + "".join(f"{n}{name},\x1fAnn\n" for n in range(9)))

@@ -183,3 +183,6 @@ def test_hostile_lists(tmp_path: Path) -> None:
     (tmp_path / "lists" / "blank.txt").write_bytes(b"\n" * 100)
     with pytest.raises(SourceError, match="is empty"):
         _items(tmp_path / "lists" / "blank.txt")
+    (tmp_path / "lists" / "binary.txt").write_bytes(bytes(range(1, 256)) * 20)
+    with pytest.raises(SourceError, match="holds binary data"):
+        _items(tmp_path / "lists" / "binary.txt")
