@@ -221,6 +221,9 @@ def run(config: EmbedConfig, gallery: str, progress: Progress = lambda summary: 
         if given:
             run.take_given_faces(given)
         summary = run.run(progress)
+        # Last of all, so that they never take the room that the rest needs: without these counts `info` is slower.
+        with suppress(StorageError):
+            refresh_counts(Gallery(gallery))
         summary.relocated = relocated
         summary.notes = [*describe_settling(settled, relocated), *summary.notes]
         if not summary.skipped:  # a gallery that is growing has been told
@@ -349,11 +352,7 @@ class _EmbedRun:
             figures = read_figures(listing.folder)
             if self._config.missing.policy == "mark":
                 self._mark_missing(listing.folder, figures, figures.unlisted - counts.vanished, commit, summary)
-        table = Gallery(self._gallery.path)
-        summary.version = table.version
-        # Without these counts `info` is slower, and nothing else.
-        with suppress(StorageError):
-            refresh_counts(table)
+        summary.version = Gallery(self._gallery.path).version
         return summary
 
     def _run_once(
