@@ -246,6 +246,23 @@ class OwnerCalls(Protocol):
         """Return what references stand for."""
 
 
+@dataclass(frozen=True)
+class _OwnersScan:
+    """What a scan on all owners finds.
+
+    Attributes:
+        queries: Stands for the queries, which the owners have by now.
+        steps: What each owner returns.
+        cut: Where the candidates of each query end.
+        candidates: Number of candidates of each query, (n,).
+    """
+
+    queries: Any
+    steps: list[ScanStep]
+    cut: Cut
+    candidates: Int64
+
+
 class OwnedShards:
     """All shards of an index on owners, as `facepipe.index.shard_set.ShardSet` describes."""
 
@@ -375,8 +392,8 @@ class OwnedShards:
         size = max(1, self._step_bytes // (per_owner * self._calls.owners))
         return [queries[at : at + size] for at in range(0, len(queries), size)]
 
-    def _scan(self, queries: Float32, count: int, nprobe: int) -> tuple[Any, list[ScanStep], Cut, Int64]:
-        """Scan on all owners, and find where the candidates end and how many each query has."""
+    def _scan(self, queries: Float32, count: int, nprobe: int) -> _OwnersScan:
+        """Scan on all owners."""
         # Each owner chooses the lists of some queries. They go from owner to owner, not through this process.
         pieces = [piece for piece in np.array_split(queries, self._calls.owners) if len(piece)]
         choices = self._calls.call("choose_lists", [(piece, nprobe) for piece in pieces])
@@ -385,25 +402,25 @@ class OwnedShards:
         distances = np.concatenate(self._calls.fetch([step.distances for step in steps]), axis=1)
         cut = find_cut(distances, count)
         candidates = (distances < (cut.last - np.float32(self._tie))[:, None]).sum(axis=1)
-        return sent, steps, cut, candidates
+        return _OwnersScan(sent, steps, cut, candidates)
 
     def _run_nearest(self, queries: Float32, count: int, nprobe: int, k: int) -> NearestRound:
-        sent, steps, cut, candidates = self._scan(queries, count, nprobe)
-        sent_cut = self._calls.put(cut)
-        taken = self._calls.call("take_nearest", [(sent, step.kept, sent_cut, k) for step in steps])
+        scan = self._scan(queries, count, nprobe)
+        cut = self._calls.put(scan.cut)
+        taken = self._calls.call("take_nearest", [(scan.queries, step.kept, cut, k) for step in scan.steps])
         hits = Hits.create_empty(len(queries), k)
         for part in self._calls.fetch(taken):
             hits = merge_hits(hits, part, k)
-        return NearestRound(hits.ids, hits.distances, candidates, cut.complete)
+        return NearestRound(hits.ids, hits.distances, scan.candidates, scan.cut.complete)
 
     def _run_within(self, queries: Float32, count: int, nprobe: int, radius: float, max_faces: int) -> RadiusRound:
-        sent, steps, cut, candidates = self._scan(queries, count, nprobe)
-        sent_cut = self._calls.put(cut)
-        arguments = [(sent, step.kept, sent_cut, radius, max_faces) for step in steps]
+        scan = self._scan(queries, count, nprobe)
+        cut = self._calls.put(scan.cut)
+        arguments = [(scan.queries, step.kept, cut, radius, max_faces) for step in scan.steps]
         taken: list[WithinStep] = self._calls.fetch(self._calls.call("take_within", arguments))
         pairs = FoundPairs.concatenate([part.pairs for part in taken]).keep_nearest(max_faces)
         inside = np.sum([part.inside for part in taken], axis=0)
-        return RadiusRound(pairs.to_answers(len(queries)), inside, candidates, cut.complete)
+        return RadiusRound(pairs.to_answers(len(queries)), inside, scan.candidates, scan.cut.complete)
 
 
 def _to_pairs(answers: list[Answer]) -> FoundPairs:

@@ -66,7 +66,7 @@ class Owner:
     has_cpus: bool
 
     @property
-    def held(self) -> int:
+    def shard_bytes(self) -> int:
         """Bytes of its shards."""
         return sum(count_bytes(shard.entry) for shard in self.shards)
 
@@ -236,7 +236,7 @@ class OwnerPool:
             else:
                 unplaced += owner.shards
         # What was on lost nodes is divided among the others, in addition to what they have.
-        held = [sum(owner.held for owner in kept if owner.room.node == room.node) for room in rooms]
+        held = [sum(owner.shard_bytes for owner in kept if owner.room.node == room.node) for room in rooms]
         shares = divide_shards(unplaced, rooms, held)
         self._owners = kept + self._start(zip(rooms, shares, strict=True), has_cpus=False)
 

@@ -110,10 +110,10 @@ def _get_time_key(file: dict[str, Any]) -> tuple[str, str]:
 
 def _group_files(files: FileGroup, target_bytes: int) -> Iterator[FileGroup]:
     # A group of one file would be written anew for nothing.
-    yield from (group for group in _split_files(files, target_bytes) if len(group) > 1)
+    yield from (group for group in split_files(files, target_bytes) if len(group) > 1)
 
 
-def _split_files(files: FileGroup, target_bytes: int) -> Iterator[FileGroup]:
+def split_files(files: FileGroup, target_bytes: int) -> Iterator[FileGroup]:
     """Split files into groups of consecutive ones, of about a size."""
     group: FileGroup = []
     size = 0
@@ -168,7 +168,7 @@ def fold_marks(gallery: Gallery, commit: Committer, everything: bool = False) ->
     files = [file for file in gallery.files() if plan.may_match(file)]
     by_uri = sorted(files, key=lambda file: (file["min.uri"] or "", file["path"]))
     folded = 0
-    for group in _split_files(by_uri, _FOLDED_BYTES):
+    for group in split_files(by_uri, _FOLDED_BYTES):
         fold = _FoldGroup(gallery.path, plan, frozenset(file["path"] for file in group))
         commit.commit_actions(fold, {"job": "compact"})
         folded += fold.files

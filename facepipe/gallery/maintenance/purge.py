@@ -6,12 +6,12 @@ from file to file: else all files of a table, in which one night has changed row
 
 import hashlib
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from facepipe.gallery.commits.committer import Committer
 from facepipe.gallery.commits.rewrite import COMPACT, Action, make_remove_action, read_rows, write_rows
+from facepipe.gallery.maintenance.compact import split_files
 from facepipe.gallery.table import Gallery
 
 # A file is due if more of its rows are deleted.
@@ -66,25 +66,11 @@ def purge_files(gallery: Gallery, files: list[dict[str, Any]], commit: Committer
         How many files were replaced.
     """
     purged = 0
-    for group in _split_files(files):
-        purge = _PurgeGroup(gallery.path, group)
+    for group in split_files(files, _PURGED_BYTES):
+        purge = _PurgeGroup(gallery.path, [file["path"] for file in group])
         commit.commit_actions(purge, {"job": "compact"})
         purged += purge.files
     return purged
-
-
-def _split_files(files: list[dict[str, Any]]) -> Iterator[list[str]]:
-    group: list[str] = []
-    size = 0
-    for file in files:
-        if group and size + file["size_bytes"] > _PURGED_BYTES:
-            yield group
-            group = []
-            size = 0
-        group.append(file["path"])
-        size += file["size_bytes"]
-    if group:
-        yield group
 
 
 @dataclass
