@@ -155,7 +155,7 @@ def test_the_images_to_train_on_as_a_dataset(photos: Path, tmp_path: Path) -> No
     read = Read()(pa.Table.from_pylist([{**item._asdict(), "previous": None} for item in items], WORK_ITEM))
     written = [(names[str(item.identity)], data) for item, data in zip(items, read["bytes"].to_pylist(), strict=True)]
     assert sorted(written) == sorted((name, Path(path).read_bytes()) for path, name in listed.items())
-    assert len(written) > 3
+    assert written
     # Nothing is overwritten, and that is said before any work is done.
     before = (tmp_path / "out" / "train.csv").stat().st_mtime_ns
     code, _, err = run_finish(photos / "g", tmp_path / "out", "--format", "rec")

@@ -27,6 +27,7 @@ _MIN_MERGES_INSIDE = 3
 _MIN_MERGES_BETWEEN = 3
 _MIN_GAP_OF_GROUPS = 0.2
 _MIN_GAP_OF_FEW = 0.5
+_MIN_LATER = 0.05  # of the merges of single faces come after the typical merge of groups inside persons
 _MAX_LARGEST = 0.6  # of the faces in one cluster
 _ABOVE_STRANGERS = 1 / 6  # of the gap; single faces of a person reach down to there
 
@@ -151,12 +152,15 @@ def find_group_gap(vectors: Float32, density: Float32 | None = None, lowest: flo
     if count < _MIN_GROUP * _MIN_CLUSTERS:
         return None
     tree = _build_tree(vectors, density)
-    similarity = _list_group_merges(tree)
+    similarity, of_single = _list_group_merges(tree)
     if len(similarity) <= _MIN_MERGES_INSIDE:
         return None
     drops = similarity[:-1] - similarity[1:]
     inside = _MIN_MERGES_INSIDE + int(np.argmax(drops[_MIN_MERGES_INSIDE - 1 :]))
     gap = float(drops[inside - 1])
+    # Inside a person poor faces come after groups. If none does, persons have few faces, and all groups are persons.
+    if np.mean(of_single < np.median(similarity[:inside])) < _MIN_LATER:
+        return None
     # What lies below the gap must be groups that would join otherwise.
     between = similarity[inside:]
     between = between[between >= lowest]
@@ -173,12 +177,13 @@ def find_group_gap(vectors: Float32, density: Float32 | None = None, lowest: flo
     return Gap(threshold, genuine, grouped, float(size.max() / count))
 
 
-def _list_group_merges(tree: Float64) -> Float64:
-    """List the similarities, falling, of the merges of two groups of several faces each."""
+def _list_group_merges(tree: Float64) -> tuple[Float64, Float64]:
+    """List the similarities, falling, of the merges of two groups of several faces each, and of all others."""
     count = len(tree) + 1
     size = np.concatenate([np.ones(count), tree[:, 3]])
     smaller = np.minimum(size[tree[:, 0].astype(np.int64)], size[tree[:, 1].astype(np.int64)])
-    return np.asarray(1 - tree[smaller >= _MIN_GROUP, 2], np.float64)
+    similarity = np.asarray(1 - tree[:, 2], np.float64)
+    return similarity[smaller >= _MIN_GROUP], similarity[smaller < _MIN_GROUP]
 
 
 def _build_tree(vectors: Float32, density: Float32 | None = None) -> Float64:

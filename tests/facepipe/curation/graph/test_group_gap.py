@@ -60,6 +60,15 @@ def test_two_persons_are_two_although_the_model_states_a_stricter_threshold() ->
     assert score(person, vectors, found) > 0.999
 
 
+@pytest.mark.parametrize(("persons", "faces"), [(10, 9), (20, 8), (30, 7), (100, 6)])
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+def test_persons_of_few_faces_each_are_no_groups_of_one_person(persons: int, faces: int, seed: int) -> None:
+    """All merges of groups are of two persons then: a gap among those would join persons, and take in newcomers."""
+    space = DlibLike(seed, EASY)
+    vectors = space.draw(space.draw_centres(persons), np.repeat(np.arange(persons), faces)).vectors
+    assert find_group_gap(vectors) is None
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 def test_one_person_has_no_gap(seed: int) -> None:
     space = ArcFaceLike(seed, hardness=EASY)
