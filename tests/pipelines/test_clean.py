@@ -390,6 +390,28 @@ def test_copies_whose_best_is_under_another_name(tmp_path: Path) -> None:
         assert all(row["noise"] >= 0.5 for row in of)
 
 
+def test_a_copy_surely_under_a_wrong_name_does_not_question_the_right_one(tmp_path: Path) -> None:
+    """A picture of person 0, and a copy of it among those of person 1: the copy is renamed, and nothing else is asked."""
+    truth = np.concatenate([np.repeat(np.arange(30), 10), [0]])
+    labels = truth.copy()
+    labels[300] = 1
+    made = table(truth, identity=named(labels))
+    vectors = np.array(made["embedding"].to_pylist(), np.float32)
+    vectors[300] = vectors[0]
+    ids = made["image_id"].to_pylist()
+    ids[300] = ids[0]
+    field = made.schema.field("embedding")
+    changed = table(truth, identity=named(labels), image_id=ids)
+    changed = changed.set_column(
+        changed.schema.get_field_index("embedding"), field, pa.array(list(vectors), field.type)
+    )
+    summary, found = clean(gallery(tmp_path / "g", changed))
+    decision = {row["uri"]: row["decision"] for row in found}
+    assert decision[changed["uri"][300].as_py()] == "relabel"
+    assert decision[changed["uri"][0].as_py()] == "keep"
+    assert summary.decisions["review"] == 0
+
+
 def test_small_and_blurred_faces(tmp_path: Path) -> None:
     truth = np.repeat(np.arange(20), 10)
     labels = truth.copy()

@@ -265,16 +265,20 @@ def _choose_voters(copied: _CopiedFaces, copies: Int64, labels: Int64) -> Int64:
 def _question_conflicts(
     verdicts: LabelVerdicts, copied: _CopiedFaces, labels: Int64, *, max_distance: float
 ) -> LabelVerdicts:
-    """Overrule the decision to keep for copies of one face under two names: at most one name can be right."""
+    """Overrule the decision to keep for copies of one face under two names: at most one name can be right.
+
+    There is no question if all copies under other names are surely this name's: they are relabelled to it.
+    """
     count = len(labels)
     certain = copied.pairs[copied.distance <= max_distance]
     certain = certain[(labels[certain] >= 0).all(axis=1)]
-    # Copies of copies are copies: a group of them with two labels is a conflict.
+    # Copies of copies are copies: a group of them with two names is a conflict.
     group = find_components(count, certain[:, 0], certain[:, 1])
+    name = np.where(verdicts.is_decided(decide.RELABEL), verdicts.other, labels)
     lowest = np.full(count, count)
     highest = np.full(count, -1)
-    np.minimum.at(lowest, group, labels)
-    np.maximum.at(highest, group, labels)
+    np.minimum.at(lowest, group, name)
+    np.maximum.at(highest, group, name)
     is_named_twice = (lowest < highest)[group] & (labels >= 0)
     return question_kept(verdicts, is_named_twice, decide.TWO_NAMES)
 
