@@ -50,7 +50,7 @@ class MeasureConfig:
         labels: use the gallery's labels to tell who is one person. Wrong labels make the distance too large.
         flip: average the vectors of a chip and of its mirror image, as galleries do.
         device: cpu, cuda or auto.
-        threads: threads of ONNX Runtime on a CPU; default: all.
+        threads: threads of the model on a CPU; default: all.
         batch: chips per call of the model.
         read: stage that reads images.
         decode: stage that decodes images.

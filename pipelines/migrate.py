@@ -93,7 +93,7 @@ class MigrateConfig:
         commit: images per commit.
         batch: chips per call of the model.
         device: cpu, cuda or auto.
-        threads: threads of ONNX Runtime on a CPU; default: all.
+        threads: threads of the model on a CPU; default: all.
         read: stage that reads images.
         decode: stage that decodes images.
     """

@@ -54,6 +54,7 @@ class GallerySource:
         former_roots: Where it was before.
         is_strict: Whether rows of this name may be of another source, so that only those below the root are its own.
         listings: Listings that count for the guard against losses.
+        boxes: Digest of the lists that gave its faces in the last run; empty for none.
     """
 
     name: str
@@ -63,6 +64,7 @@ class GallerySource:
     former_roots: tuple[str, ...] = ()
     is_strict: bool = False
     listings: tuple[Listing, ...] = ()
+    boxes: str = ""
 
     def list_own_roots(self) -> tuple[str, ...]:
         """List the places that all its images lie at; none if they may lie anywhere."""
@@ -171,7 +173,7 @@ class SourceRegister:
 
     def to_json(self) -> str:
         """Encode the register for the table's properties."""
-        return json.dumps([asdict(source) for source in self.sources])
+        return json.dumps([_encode_source(source) for source in self.sources])
 
     def find(self, place: SourcePlace, name: str | None = None) -> GallerySource | None:
         """Find the source at a place; of several names for it the given one, or the first."""
@@ -215,6 +217,14 @@ def _overlap(root: str, other: str) -> bool:
 
 def _is_file(root: str) -> bool:
     return root.lower().endswith((".parquet", ".pq"))
+
+
+def _encode_source(source: GallerySource) -> dict[str, object]:
+    values = asdict(source)
+    # Older versions know no such field; most sources have no lists.
+    if not source.boxes:
+        del values["boxes"]
+    return values
 
 
 def _decode_source(entry: dict[str, object]) -> GallerySource:

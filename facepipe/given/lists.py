@@ -1,5 +1,6 @@
 """Read lists of given faces of any layout, and finish them: a folder of files that workers map into memory."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -59,6 +60,18 @@ def require_lists(paths: Sequence[str]) -> None:
     for path in paths:
         if storage.is_remote(path) or not os.path.isfile(path):
             raise SourceError(f"no such list of boxes on this machine: {path!r}")
+
+
+def digest_lists(paths: Sequence[str]) -> str:
+    """Compute the digest of what lists hold, in any order. Raise SourceError if one cannot be read."""
+    digests = []
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        except OSError as error:
+            raise SourceError(f"cannot read the list of boxes {path!r}: {storage.describe_error(error)}") from error
+    return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
 
 
 def copy_lists(folder: str, target: str) -> None:

@@ -13,6 +13,7 @@ from facepipe.sources.item import SeveralLabels, Source, WorkItem, WrappedSource
 from facepipe.types import Int64, UInt64
 
 _BATCH_ITEMS = 8192
+_FIRST_ITEMS = 64  # of a list that fits, one of these is mostly named
 _NAMED = 3  # of what is missing
 
 
@@ -72,11 +73,7 @@ class GivenFacesSource(WrappedSource):
             yield from self._label_items(batch, at) if self._takes_labels else batch
         self._is_complete = True
         if self._listed and not self._owners.any():
-            named = self._faces.figures
-            raise SourceError(
-                f"{_join(named.lists)} names none of the {self._listed} images of the source, such as "
-                f"{', '.join(map(repr, self._examples))}: names are compared with the ends of paths"
-            )
+            raise _make_mismatch(self._faces, self._listed, self._examples)
 
     def _note_matches(self, uris: list[str], at: Int64) -> None:
         """Note which images the list names. Raises SourceError for a name that two images have."""
@@ -138,6 +135,34 @@ class GivenFacesSource(WrappedSource):
                 f"{self._several} images show several persons by the list. If the list names others later, they keep "
                 "the labels that they have"
             )
+
+
+def require_named(source: Source, faces: GivenFaces) -> None:
+    """Require that a list of faces names an image of a source. The source is listed up to the first such image.
+
+    Raises:
+        SourceError: It names none.
+    """
+    listed = 0
+    examples: list[str] = []
+    items = iter(source)
+    count = _FIRST_ITEMS
+    while batch := list(islice(items, count)):
+        uris = [item.uri for item in batch if item.listing_error is None]
+        if (faces.find(uris) >= 0).any():
+            return
+        listed += len(uris)
+        examples = (examples + uris)[:_NAMED]
+        count = _BATCH_ITEMS
+    if listed:
+        raise _make_mismatch(faces, listed, examples)
+
+
+def _make_mismatch(faces: GivenFaces, listed: int, examples: list[str]) -> SourceError:
+    return SourceError(
+        f"{_join(faces.figures.lists)} names none of the {listed} images of the source, such as "
+        f"{', '.join(map(repr, examples))}: names are compared with the ends of paths"
+    )
 
 
 _NO_HASHES: UInt64 = np.empty(0, np.uint64)

@@ -41,6 +41,11 @@ class SettledSource:
         """Value of the column `source`."""
         return self.rows.source.name
 
+    def with_boxes(self, digest: str) -> "SettledSource":
+        """Return the source with the digest of the lists that give its faces."""
+        source = replace(self.rows.source, boxes=digest)
+        return replace(self, rows=replace(self.rows, source=source), register=self.register.put(source))
+
 
 def settle_source(gallery: Gallery | None, config: SourceConfig) -> SettledSource:
     """Find out what a gallery knows of a source; nothing is written.

@@ -25,8 +25,8 @@ from facepipe.gallery.file_counts import refresh_counts
 from facepipe.gallery.known import KnownImages
 from facepipe.gallery.sources import SOURCES_PROPERTY, SourceRows, write_source
 from facepipe.gallery.table import RUNS
-from facepipe.given.lists import copy_lists, read_lists
-from facepipe.given.source import GivenFacesSource
+from facepipe.given.lists import copy_lists, digest_lists, read_lists
+from facepipe.given.source import GivenFacesSource, require_named
 from facepipe.given.table import GivenFaces
 from facepipe.hashing import hash64, hash64_each
 from facepipe.models.zoo.registry import GIVEN
@@ -216,7 +216,9 @@ def run(config: EmbedConfig, gallery: str, progress: Progress = lambda summary: 
     record = get_current_run()
     run_id = record.id if record else new_run_id()
     with _read_given_faces(config.source) as given, hold_lease(gallery) as lease:
-        table, settled, relocated = _open_gallery(config.source, gallery, contract, run_id, lease)
+        opened = _open_gallery(config.source, gallery, contract, run_id, lease)
+        table = opened.gallery
+        settled = opened.settled
         run = _EmbedRun(replace(config, source=settled.config), table, settled, run_id, lease)
         if given:
             run.take_given_faces(given)
@@ -224,8 +226,13 @@ def run(config: EmbedConfig, gallery: str, progress: Progress = lambda summary: 
         # Last of all, so that they never take the room that the rest needs: without these counts `info` is slower.
         with suppress(StorageError):
             refresh_counts(Gallery(gallery))
-        summary.relocated = relocated
-        summary.notes = [*describe_settling(settled, relocated), *summary.notes]
+        summary.relocated = opened.relocated
+        summary.notes = [*describe_settling(settled, opened.relocated), *summary.notes]
+        if opened.other_lists and summary.skipped:
+            summary.notes.append(
+                f"{summary.skipped} images were in the gallery already and keep their faces, {opened.other_lists}: "
+                "embed into a new gallery to take all faces from the list"
+            )
         if not summary.skipped:  # a gallery that is growing has been told
             summary.notes += suggest_aligned(Gallery(gallery))
         return summary
@@ -233,30 +240,52 @@ def run(config: EmbedConfig, gallery: str, progress: Progress = lambda summary: 
 
 @contextmanager
 def _read_given_faces(source: SourceConfig) -> Iterator[str]:
-    """Read the lists of faces of a source, and yield the folder of what they say; an empty text without lists."""
+    """Read the lists of faces of a source, and yield the folder of what they say; an empty text without lists.
+
+    Raises:
+        SourceError: The lists cannot be used, or name no image of the source.
+    """
     if not source.lists_of_faces:
         yield ""
         return
     with read_lists(source.lists_of_faces) as folder:
+        require_named(open_source(source), GivenFaces(folder))
         yield folder
 
 
-def _open_gallery(
-    source: SourceConfig, path: str, contract: Contract, run: str, lease: Lease
-) -> tuple[Gallery, SettledSource, int]:
-    """Open or create the gallery, and find out what it knows of the source.
+@dataclass(frozen=True)
+class _OpenedGallery:
+    """A gallery as it is before a run.
 
-    Returns:
-        The gallery, the source, and how many images have new uris because the source is at another place.
+    Attributes:
+        gallery: the gallery
+        settled: what it knows of the source
+        relocated: how many images have new uris, because the source is at another place
+        other_lists: what is known of the lists that gave faces before, if they are not those of this run
     """
+
+    gallery: Gallery
+    settled: SettledSource
+    relocated: int = 0
+    other_lists: str = ""
+
+
+def _open_gallery(source: SourceConfig, path: str, contract: Contract, run: str, lease: Lease) -> _OpenedGallery:
+    """Open or create the gallery, and find out what it knows of the source."""
+    lists = digest_lists(source.lists_of_faces) if source.lists_of_faces else ""
     if not Gallery.exists(path):
-        settled = settle_source(None, source)
+        settled = settle_source(None, source).with_boxes(lists)
         properties = {SOURCES_PROPERTY: settled.register.to_json()}
-        return Gallery.open_or_create(path, contract, properties), settled, 0
+        return _OpenedGallery(Gallery.open_or_create(path, contract, properties), settled)
     gallery = Gallery.open_or_create(path, contract)
     settled = settle_source(gallery, source)
+    other_lists = ""
+    if lists and lists != settled.rows.source.boxes:
+        is_known = bool(settled.rows.source.boxes)
+        other_lists = "which another list gave" if is_known else "which this list may not have given"
+        settled = settled.with_boxes(lists)
     gallery, relocated = register_source(gallery, settled, run, lease)
-    return gallery, settled, relocated
+    return _OpenedGallery(gallery, settled, relocated, other_lists)
 
 
 def _describe_empty_source(uri: str, source: Source) -> str:

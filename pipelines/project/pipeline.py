@@ -43,7 +43,7 @@ class ProjectConfig:
         held: share of the persons to leave out of the fit for that.
         flip: average the vectors of a chip and of its mirror image, as galleries do.
         device: cpu, cuda or auto.
-        threads: threads of ONNX Runtime on a CPU; default: all.
+        threads: threads of the model on a CPU; default: all.
         batch: chips per call of the model.
         read: stage that reads images.
         decode: stage that decodes images.

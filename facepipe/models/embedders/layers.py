@@ -1,8 +1,11 @@
 """Layers that the embedding networks share."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 class ConvBN(nn.Module):
@@ -11,7 +14,7 @@ class ConvBN(nn.Module):
     def __init__(self, conv: nn.Conv2d, act: nn.Module | None = None, eps: float = 1e-5):
         super().__init__()
         self.conv = conv
-        self.bn = nn.BatchNorm2d(conv.out_channels, eps)
+        self.bn: nn.Module = nn.BatchNorm2d(conv.out_channels, eps)
         self.act = act if act is not None else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,6 +68,16 @@ def initialise(net: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+def fold_batch_norms(net: nn.Module) -> nn.Module:
+    """Copy a network in inference mode, with the batch norms of its `ConvBN` layers folded into the convolutions."""
+    folded = copy.deepcopy(net).eval()
+    for module in folded.modules():
+        if isinstance(module, ConvBN) and isinstance(module.bn, nn.BatchNorm2d):
+            module.conv = fuse_conv_bn_eval(module.conv, module.bn)
+            module.bn = nn.Identity()
+    return folded
 
 
 def count_parameters(net: nn.Module) -> int:

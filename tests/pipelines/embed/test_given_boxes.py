@@ -3,6 +3,7 @@
 import io
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from PIL import Image
 
 from facepipe.errors import ContractError, SourceError
 from facepipe.gallery import Gallery
+from facepipe.given.records import ListFigures
+from facepipe.given.source import require_named
 from facepipe.models.fakes import FakeDetector
+from facepipe.sources.item import WorkItem
 from pipelines.embed import EmbedSummary
 
 FAKE = {"detect": {"model": "fake-detector", "min_face": 4}, "embed": {"model": "fake-embedder"}}
@@ -110,7 +114,7 @@ def embed_boxes(corpus: Path, gallery: Path, lists: list[Path], **source: Any) -
     return embed(corpus, gallery, FAKE, {"source": source}, runner="inline")
 
 
-def compare(gallery: Path) -> list[dict[str, Any]]:
+def compare(gallery: Path | str) -> list[dict[str, Any]]:
     return rows(gallery, ("ingested_at", "thumb"))
 
 
@@ -230,6 +234,7 @@ def test_a_list_that_fits_nothing_or_means_two_images_is_refused(corpus: Path, t
     path.write_text("other/0001_01.png,1,1,40,40\n")
     with pytest.raises(SourceError, match=r"names none of the 3 images of the source, such as '.*0001_01\.png'"):
         embed_boxes(corpus, tmp_path / "gallery", [path])
+    assert not (tmp_path / "gallery").exists(), "it is found before there is a gallery"
     path.write_text("0001_01.png,1,1,40,40\n0002_01.png,1,1,40,40\n")
     with pytest.raises(SourceError, match="and another image by one name"):
         embed_boxes(corpus, tmp_path / "gallery", [path])
@@ -237,6 +242,64 @@ def test_a_list_that_fits_nothing_or_means_two_images_is_refused(corpus: Path, t
     # The folder of the photo in the list tells the two apart.
     path.write_text("0002_01.png,1,1,40,40\nbob/0001_01.png,1,1,40,40\nann/0001_01.png,1,1,40,40\n")
     assert embed_boxes(corpus, tmp_path / "gallery", [path]).faces == 3
+
+
+def test_a_source_is_listed_until_a_list_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = []
+
+    class Names:
+        def __iter__(self) -> Iterator[WorkItem]:
+            for number in range(300):
+                listed.append(number)
+                yield WorkItem(f"/photos/{number}.jpg", b"")
+
+    class Lists:
+        figures = ListFigures(["boxes.csv"])
+
+        def __init__(self, named: str):
+            self.named = named
+
+        def find(self, uris: list[str]) -> np.ndarray:
+            return np.array([0 if uri == self.named else -1 for uri in uris], np.int64)
+
+    monkeypatch.setattr("facepipe.given.source._BATCH_ITEMS", 100)
+    for named, count in (("/photos/3.jpg", 64), ("/photos/299.jpg", 300), ("/photos/100.jpg", 164)):
+        listed.clear()
+        require_named(Names(), Lists(named))  # type: ignore[arg-type]
+        assert len(listed) == count
+    with pytest.raises(
+        SourceError, match=r"'boxes.csv' names none of the 300 images .* '/photos/0.jpg', '/photos/1.jpg'"
+    ):
+        require_named(Names(), Lists("/elsewhere/3.jpg"))  # type: ignore[arg-type]
+
+
+def test_a_run_says_that_known_images_keep_their_faces_if_the_list_changed(corpus: Path, tmp_path: Path) -> None:
+    lists = write_layouts(tmp_path / "lists", random.Random(0))["vggface2"]
+    gallery = tmp_path / "gallery"
+
+    def find_note(paths: list[Path]) -> str:
+        notes = embed_boxes(corpus, gallery, paths).notes
+        return next((note for note in notes if "keep their faces" in note), "")
+
+    assert not find_note(lists), "no image was known"
+    before = compare(gallery)
+    assert not find_note(lists[::-1]), "the same lists in another order"
+    copies = [path.rename(path.with_name(f"copy-{path.name}")) for path in lists]
+    assert not find_note(copies), "the same lists under other names"
+    with copies[0].open("a") as file:
+        file.write('"ann/0001_01",1,1,40,40\n')
+    assert "3 images were in the gallery already and keep their faces, which another list gave" in find_note(copies)
+    assert compare(gallery) == before
+    assert not find_note(copies), "it has been told"
+
+
+def test_a_gallery_that_knows_no_lists_says_so(corpus: Path, tmp_path: Path) -> None:
+    """Faces of a detector, and galleries of older versions, which did not note their lists."""
+    lists = write_layouts(tmp_path / "lists", random.Random(0))["vggface2"]
+    named = {"detect": {"model": "given-faces+fake-detector"}}
+    embed(corpus, tmp_path / "gallery", FAKE, named, runner="inline")
+    summary = embed_boxes(corpus, tmp_path / "gallery", lists)
+    assert any("keep their faces, which this list may not have given" in note for note in summary.notes)
 
 
 def test_the_contract_says_that_faces_are_given(corpus: Path, tmp_path: Path) -> None:
@@ -302,6 +365,43 @@ def test_workers_and_batches_do_not_change_the_rows(corpus: Path, tmp_path: Path
     embed(corpus, tmp_path / "two", FAKE, source, runner="local", workers=2, batch=1, block_smallest=1)
     assert compare(tmp_path / "one") == compare(tmp_path / "two")
     assert [path.name for path in (tmp_path / "two" / "runs").iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.slow
+def test_ray_gives_the_rows_of_one_process(corpus: Path, tmp_path: Path) -> None:
+    """Workers find the faces in the run's folder, also if others decode than detect."""
+    lists = write_layouts(tmp_path / "lists", random.Random(0))["vggface2"]
+    # Landmarks of some boxes are searched, and one image is in no list.
+    lists[0].write_text("\n".join(lists[0].read_text().splitlines()[:-1]) + "\n")
+    for name, settings in (
+        ("one", {"runner": "inline"}),
+        ("fused", {"runner": "ray", "block_smallest": 1}),
+        ("split", {"runner": "ray", "layout": "split", "batch": 1, "block_smallest": 1}),
+    ):
+        source = {"source": {"boxes": tuple(map(str, lists))}}
+        summary = embed(corpus, tmp_path / name, FAKE, source, **settings)
+        assert summary.images == 3
+        assert any(note.startswith("faces are given: ") for note in summary.notes)
+    expected = compare(tmp_path / "one")
+    assert compare(tmp_path / "fused") == expected
+    assert compare(tmp_path / "split") == expected
+    assert Gallery(str(tmp_path / "split")).contract.detector == "given-faces+fake-detector"
+
+
+def test_a_gallery_in_a_store_takes_given_faces(corpus: Path, tmp_path: Path, bucket: Any) -> None:
+    lists = write_layouts(tmp_path / "lists", random.Random(0))["vggface2"][:1]
+    source = {"source": {"boxes": tuple(map(str, lists))}}
+    embed(corpus, tmp_path / "local", FAKE, source, runner="inline")
+    remote = "s3://faces/given"
+    summary = embed(corpus, remote, FAKE, source, runner="local", workers=2, block_smallest=1)
+    assert (summary.images, summary.faces) == (3, 4)
+    assert compare(remote) == compare(tmp_path / "local")
+    keys = [entry["Key"] for entry in bucket.list_objects_v2(Bucket="faces", Prefix="given/runs/").get("Contents", [])]
+    assert not [key for key in keys if key.count("/") > 2], "the lists go with the run"
+    lists[0].write_text("other/0001_01.png,1,1,40,40\n")
+    with pytest.raises(SourceError, match="names none of the 3 images"):
+        embed(corpus, "s3://faces/none", FAKE, source, runner="inline")
+    assert "Contents" not in bucket.list_objects_v2(Bucket="faces", Prefix="none/")
 
 
 def test_the_command_takes_lists_and_says_what_they_name(corpus: Path, tmp_path: Path) -> None:

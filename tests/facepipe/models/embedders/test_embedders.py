@@ -15,13 +15,15 @@ from torch.nn import functional as F
 from facepipe.errors import WeightsError
 from facepipe.models.checkpoint import load_state, read_state
 from facepipe.models.dlib.resnet import DlibResNet
+from facepipe.models.embedders.engines import TorchEmbedder
 from facepipe.models.embedders.facenet_mobilenet import FaceNetMobileNet
 from facepipe.models.embedders.inception_resnet import InceptionResNetV1
 from facepipe.models.embedders.iresnet import IResNet
-from facepipe.models.embedders.layers import count_parameters
+from facepipe.models.embedders.layers import ConvBN, count_parameters, fold_batch_norms
 from facepipe.models.embedders.mobilefacenet import MobileFaceNet
 from facepipe.models.embedders.prelu import replace_prelus
 from facepipe.models.embedders.resnet import ResNet
+from facepipe.models.runtime.preprocess import Input
 
 # The smallest of each kind for small chips: (constructor, (h, w))
 SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, int]]] = {
@@ -168,6 +170,50 @@ def test_convolved_prelus_compute_the_same() -> None:
     assert sum(isinstance(m, nn.PReLU) for m in net.modules()) == 33
     with torch.inference_mode():
         torch.testing.assert_close(made(images), net(images), rtol=1e-4, atol=1e-4)
+
+
+def test_folded_batch_norms_compute_the_same(small: tuple[nn.Module, tuple[int, int]]) -> None:
+    net, size = small
+    images = chips(3, size)
+    net.train()(images)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    folded = fold_batch_norms(net)
+    with torch.inference_mode():
+        expected = net.eval()(images)
+        torch.testing.assert_close(folded(images), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert not any(isinstance(module, ConvBN) and isinstance(module.bn, nn.BatchNorm2d) for module in folded.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7])
+def test_vectors_do_not_depend_on_threads(count: int) -> None:
+    torch.manual_seed(2)
+    net = MobileFaceNet(size=(32, 48)).eval()
+    images = np.random.default_rng(0).integers(0, 256, (count, 48, 32, 3), np.uint8)
+    before = torch.get_num_threads()
+    found = [
+        TorchEmbedder(net, Input(), (32, 48), device="cpu", threads=threads).embed(images) for threads in (1, 2, 5)
+    ]
+    assert found[0].shape == (count, 128)
+    assert all(np.array_equal(found[0], vectors) for vectors in found[1:])
+    assert torch.get_num_threads() == before
+
+
+def test_layers_of_one_chip_are_not_shared_out() -> None:
+    """Threads that share a small layer mostly wait for each other, and burn CPU meanwhile."""
+    counts = set()
+
+    class Spy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            counts.add(torch.get_num_threads())
+            return x.flatten(1)
+
+    embedder = TorchEmbedder(Spy(), Input(), (4, 4), device="cpu", threads=3)
+    counts.clear()
+    torch.set_num_threads(2)
+    embedder.embed(np.zeros((5, 4, 4, 3), np.uint8))
+    assert counts == {1}
+    assert torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize("name", ["mobilefacenet", "iresnet18"])
