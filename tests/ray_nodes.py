@@ -1,4 +1,7 @@
-"""A Ray cluster of three nodes on this machine: each a raylet of its own with its own workers and object store."""
+"""A Ray cluster on this machine: each node is a raylet of its own with its own workers and object store.
+
+Nodes can be kept apart: by a memory of their own, and by folders of the driver that they do not see.
+"""
 
 import os
 import shutil
@@ -21,7 +24,32 @@ STORE = 100_000_000  # bytes; Ray takes no less than some 75 MiB
 _QUIET = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 # A node that is gone is noticed as in a real cluster, by its heartbeat, only much sooner.
 _SOON = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "4"}
-_RAY = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--block"]
+_PATIENCE = 300  # seconds for a node to start on a busy machine
+# Ray gives its own daemon 30 seconds, and there is no setting for that.
+_START = f"""
+import time
+from ray._private import services
+from ray.scripts.scripts import main
+
+find_node = services.get_node
+
+def wait_for_node(*arguments, **named):
+    deadline = time.monotonic() + {_PATIENCE}
+    while True:
+        try:
+            return find_node(*arguments, **named)
+        except RuntimeError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
+
+services.get_node = wait_for_node
+main()
+"""
+_RAY = [sys.executable, "-c", _START, "start", "--block"]
+_MEMORY = Path("/sys/fs/cgroup/memory")
+# Mounts an empty folder over each of some folders, for this process and its children alone, and becomes the command.
+_HIDE = 'while [ "$1" != -- ]; do mount -t tmpfs none "$1" || exit 1; shift; done; shift; exec "$@"'
 
 
 @dataclass
@@ -30,6 +58,7 @@ class Node:
 
     process: subprocess.Popen[bytes]
     log: Path
+    group: Path | None = None
     raylet: psutil.Process | None = None
 
     @property
@@ -45,6 +74,14 @@ class Node:
             with suppress(psutil.NoSuchProcess):
                 found |= {p.pid: p for p in [root, *root.children(recursive=True)]}
         return list(found.values())
+
+    def count_held(self) -> int:
+        """Bytes that the node's processes and its object store hold, without the page cache; 0 without a cgroup."""
+        if self.group is None:
+            return 0
+        lines = (self.group / "memory.stat").read_text().splitlines()
+        figures = {name: int(value) for name, value in (line.split() for line in lines)}
+        return figures["total_rss"] + figures["total_shmem"]
 
     def workers(self) -> list[tuple[psutil.Process, str]]:
         """The node's Ray workers and their titles: `ray::NAME`, and `ray::NAME.METHOD` while one is at work."""
@@ -67,11 +104,15 @@ class Node:
 class Cluster:
     """Nodes[0] is the head, to which drivers connect. `cpus`: of the head and of each worker node.
 
-    `gpus`: as many GPUs as each node says that it has. Nothing looks for them.
+    `gpus`: as many GPUs as each node says that it has. Nothing looks for them. `memory`: bytes of each node, its object
+    store and its part of the page cache included, if this process may make memory cgroups (version 1). `hidden`: folders
+    that all nodes but the head see empty, which needs `can_hide_folders`.
     """
 
     cpus: tuple[int, ...] = (1, 1, 1)
     gpus: int = 0
+    memory: int | None = None
+    hidden: tuple[str, ...] = ()
     nodes: list[Node] = field(default_factory=list)
     port: int = 0
     folder: str = ""
@@ -123,6 +164,8 @@ class Cluster:
             node.process.wait(20)
         left = [p for p in psutil.wait_procs(self._started, timeout=20)[1] if p.status() != psutil.STATUS_ZOMBIE]
         shutil.rmtree(self.folder, ignore_errors=True)
+        for node in self.nodes:
+            _delete_group(node.group)
         assert not left, f"still there: {left}"
 
     def processes(self) -> list[psutil.Process]:
@@ -137,16 +180,26 @@ class Cluster:
         command += [f"--dashboard-agent-listen-port={_free_ports(1)[0]}"]
         # A folder each: nodes that start at the same time would choose the same names for their sockets.
         command += [f"--temp-dir={self.folder}/{len(self.nodes)}"]
+        if self.memory:
+            command += [f"--memory={self.memory - STORE}"]
+        if self.hidden and self.nodes:
+            command = [*_UNSHARE, "sh", "-c", _HIDE, "sh", *self.hidden, "--", *command]
+        group = _make_group(self.memory)
         with log.open("wb") as out:
             process = subprocess.Popen(
-                command, stdout=out, stderr=out, env={**os.environ, **_QUIET, **_SOON}, start_new_session=True
+                command,
+                stdout=out,
+                stderr=out,
+                env={**os.environ, **_QUIET, **_SOON},
+                start_new_session=True,
+                preexec_fn=(lambda: _enter(group)) if group else None,
             )
-        node = Node(process, log)
+        node = Node(process, log, group)
         self.nodes.append(node)
         return node
 
     def _wait(self, node: Node) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + _PATIENCE
         while time.monotonic() < deadline and node.process.poll() is None:
             if "Ray runtime started" in node.log.read_text():
                 node.raylet = next(p for p in node.family() if "raylet/raylet" in _title(p))
@@ -157,9 +210,9 @@ class Cluster:
 
 
 @contextmanager
-def cluster(cpus: tuple[int, ...] = (1, 1, 1), gpus: int = 0) -> Iterator[Cluster]:
+def cluster(cpus: tuple[int, ...] = (1, 1, 1), gpus: int = 0, hidden: tuple[str, ...] = ()) -> Iterator[Cluster]:
     """A cluster that is gone afterwards."""
-    made = Cluster(cpus, gpus)
+    made = Cluster(cpus, gpus, hidden=hidden)
     try:
         made.start()
         yield made
@@ -178,6 +231,44 @@ def connect(nodes: Cluster) -> Iterator[Cluster]:
             yield nodes
         finally:
             ray_runner.stop()
+
+
+_UNSHARE = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--mount"]
+
+
+def can_hide_folders() -> bool:
+    """Whether nodes can be kept from seeing a folder of the driver. It needs `unshare`, and a kernel that allows it."""
+    with tempfile.TemporaryDirectory() as folder, suppress(OSError):
+        return subprocess.run([*_UNSHARE, "sh", "-c", _HIDE, "sh", folder, "--", "true"], check=False).returncode == 0
+    return False
+
+
+def _make_group(memory: int | None) -> Path | None:
+    """Make a memory cgroup; None if there is nothing to limit, or if that is not allowed."""
+    if memory is None:
+        return None
+    group = _MEMORY / f"facepipe-node-{os.getpid()}-{time.monotonic_ns()}"
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(memory))
+    except OSError:
+        _delete_group(group)
+        return None
+    return group
+
+
+def _enter(group: Path) -> None:
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+
+
+def _delete_group(group: Path | None) -> None:
+    for _ in range(50):
+        if group is None or not group.is_dir():
+            return
+        with suppress(OSError):
+            group.rmdir()
+            return
+        time.sleep(0.1)
 
 
 def _alive(pid: int) -> psutil.Process | None:

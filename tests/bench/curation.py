@@ -15,17 +15,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
-from galleries import CONTRACT, Faces, append, rows
+from galleries import CONTRACT, append, make_labelled_rows
 
-from facepipe.arrow import to_float_lists
 from facepipe.gallery import Gallery
-from facepipe.schema import conform
 
 STEPS = ("graph", "cluster", "clean", "dedup")
 _POLL_SECONDS = 0.005
@@ -59,36 +54,6 @@ class Watch:
         self._name = name
         self._peak = read_anonymous_mib()
         self._began = time.process_time()
-
-
-def make_rows(count: int, mean: float) -> Iterator[pa.Table]:
-    """Draw the rows of a gallery with wrong labels and copies."""
-    rng = np.random.default_rng(5)
-    drawn = 0
-    for identities, vectors in Faces(mean_size=mean).blocks(count):
-        fate = rng.random(len(vectors))
-        fate[0] = 1
-        labels = np.where(fate < 0.05, rng.permutation(identities), identities)
-        hashes = rng.integers(0, 1 << 62, len(vectors), dtype=np.int64)
-        images = np.arange(drawn, drawn + len(vectors))
-        for at in np.flatnonzero((fate >= 0.05) & (fate < 0.12)):
-            vectors[at] = vectors[at - 1] + (fate[at] < 0.1) * rng.normal(0, 0.004, vectors.shape[1])
-            vectors[at] /= np.linalg.norm(vectors[at])
-            labels[at] = labels[at - 1]
-            hashes[at] = hashes[at - 1] ^ (1 << int(rng.integers(0, 60)) if fate[at] < 0.1 else 0)
-            images[at] = images[at - 1] if fate[at] >= 0.1 else images[at]
-        table = rows(labels, vectors, drawn)
-        columns = {
-            "image_hash": pa.array(hashes, conform(table).schema.field("image_hash").type),
-            "image_id": pa.array([f"{n:032x}" for n in images]),
-            "width": pa.array(rng.integers(200, 2000, len(vectors)), pa.int32()),
-            "height": pa.array(rng.integers(200, 2000, len(vectors)), pa.int32()),
-            "embedding": to_float_lists(vectors),
-        }
-        for name, column in columns.items():
-            table = table.set_column(table.schema.get_field_index(name), name, column)
-        yield conform(table)
-        drawn += len(vectors)
 
 
 def run_step(step: str, gallery: str) -> None:
@@ -142,7 +107,7 @@ def main() -> None:
         run_step(arguments.steps[0], str(path))
         return
     if not path.exists():
-        append(Gallery.create(str(path), CONTRACT), make_rows(arguments.faces, arguments.mean), "synthetic")
+        append(Gallery.create(str(path), CONTRACT), make_labelled_rows(arguments.faces, arguments.mean), "synthetic")
     million = arguments.faces / 1e6
     for step in arguments.steps:
         command = [sys.executable, __file__, str(arguments.work), "--faces", str(arguments.faces), "--inside"]

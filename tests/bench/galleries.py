@@ -112,6 +112,39 @@ def rows(identities: np.ndarray, faces: np.ndarray, first: int) -> pa.Table:
     return conform(pa.table(columns))
 
 
+def make_labelled_rows(count: int, mean: float) -> Iterator[pa.Table]:
+    """Draw the rows of a gallery with wrong labels and copies.
+
+    One face in twenty has a wrong label, one in twenty is a near copy of the one before it, and one in fifty an exact copy.
+    """
+    rng = np.random.default_rng(5)
+    drawn = 0
+    for identities, vectors in Faces(mean_size=mean).blocks(count):
+        fate = rng.random(len(vectors))
+        fate[0] = 1
+        labels = np.where(fate < 0.05, rng.permutation(identities), identities)
+        hashes = rng.integers(0, 1 << 62, len(vectors), dtype=np.int64)
+        images = np.arange(drawn, drawn + len(vectors))
+        for at in np.flatnonzero((fate >= 0.05) & (fate < 0.12)):
+            vectors[at] = vectors[at - 1] + (fate[at] < 0.1) * rng.normal(0, 0.004, vectors.shape[1])
+            vectors[at] /= np.linalg.norm(vectors[at])
+            labels[at] = labels[at - 1]
+            hashes[at] = hashes[at - 1] ^ (1 << int(rng.integers(0, 60)) if fate[at] < 0.1 else 0)
+            images[at] = images[at - 1] if fate[at] >= 0.1 else images[at]
+        table = rows(labels, vectors, drawn)
+        columns = {
+            "image_hash": pa.array(hashes, conform(table).schema.field("image_hash").type),
+            "image_id": pa.array([f"{n:032x}" for n in images]),
+            "width": pa.array(rng.integers(200, 2000, len(vectors)), pa.int32()),
+            "height": pa.array(rng.integers(200, 2000, len(vectors)), pa.int32()),
+            "embedding": to_float_lists(vectors),
+        }
+        for name, column in columns.items():
+            table = table.set_column(table.schema.get_field_index(name), name, column)
+        yield conform(table)
+        drawn += len(vectors)
+
+
 def append(gallery: Gallery, tables: Iterable[pa.Table], run: str) -> None:
     """Commit each table of rows as a part."""
     commit = Committer(Gallery(gallery.path), run)  # opened again: others may have written since

@@ -1,11 +1,13 @@
 """Bulk search on four Ray nodes: owners of shards against a copy per worker and against one process.
 
-    python tests/bench/owners.py [--faces 300000] [--queries 20000] [--nodes 4] [--shards 8] [--kill] [--exact] [--gallery FOLDER]
+    python tests/bench/owners.py [--faces 300000] [--queries 20000] [--nodes 4] [--memory 2] [--shards 8] [--kill]
+        [--exact] [--gallery FOLDER]
 
 The gallery is synthetic (galleries.py), and the queries are new faces of its people. All nodes are on this machine, with
-one CPU each, or four if there is one. For every way: queries per second as a ratio to one process, whether the answers are the same to the bit, the
-largest private memory (USS) of a worker and of the driver, the bytes of an owner's files, and the recall against exact
-search. With --kill, one node that is not the driver's is killed when the first block is finished, or an owner if there is
+one CPU each, or four if there is one, and a memory cgroup each. For every way: queries per second as a ratio to one
+process, whether the answers are the same to the bit, the largest private memory (USS) and resident memory of a worker,
+that of the driver, the most that the processes of a node held without the page cache, the number of owners that were
+started, and the recall against exact search. With --kill, one node that is not the driver's is killed when the first block is finished, or an owner if there is
 one node. --owners says how many owners share the nodes.
 """
 
@@ -54,6 +56,8 @@ class Watch:
     driver: int = 0
     workers: dict[int, int] = field(default_factory=dict)
     mapped: dict[int, int] = field(default_factory=dict)
+    owners: set[int] = field(default_factory=set)
+    node: int = 0
     done: bool = False
 
     def run(self) -> None:
@@ -61,9 +65,12 @@ class Watch:
         while not self.done:
             self.driver = max(self.driver, psutil.Process().memory_full_info().uss)
             for node in self.nodes.nodes if self.nodes else ():
+                self.node = max(self.node, node.count_held())
                 for process, title in node.workers():
                     if "IDLE" in title:
                         continue
+                    if "LazyOwner" in title:
+                        self.owners.add(process.pid)
                     with suppress(psutil.Error):
                         memory = process.memory_full_info()
                         self.workers[process.pid] = max(self.workers.get(process.pid, 0), memory.uss)
@@ -107,26 +114,18 @@ def measure(
 
 
 @contextmanager
-def start_nodes(count: int) -> Iterator[Cluster]:
-    """Start nodes one after the other, again if one does not come up in time on a busy machine."""
+def start_nodes(count: int, memory: int) -> Iterator[Cluster]:
+    """Start nodes one after the other, so that each has the machine to itself while it starts."""
     # A busy machine answers late.
     ray_nodes._SOON.update({"RAY_health_check_period_ms": "3000", "RAY_health_check_failure_threshold": "8"})
-    for attempt in range(4):
-        nodes = Cluster((1 if count > 1 else 4,))
-        try:
-            nodes.start()
-            for _ in range(count - 1):
-                nodes.add()
-        except RuntimeError:
-            nodes.stop()
-            if attempt == 3:
-                raise
-            continue
-        try:
-            yield nodes
-        finally:
-            nodes.stop()
-        return
+    nodes = Cluster((1 if count > 1 else 4,), memory=memory)
+    try:
+        nodes.start()
+        for _ in range(count - 1):
+            nodes.add()
+        yield nodes
+    finally:
+        nodes.stop()
 
 
 def main() -> None:
@@ -135,6 +134,7 @@ def main() -> None:
     parser.add_argument("--faces", type=int, default=300_000)
     parser.add_argument("--queries", type=int, default=20_000)
     parser.add_argument("--nodes", type=int, default=4)
+    parser.add_argument("--memory", type=float, default=2.0, help="GiB per node")
     parser.add_argument("--owners", type=int)
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--block", type=int, default=2_000)
@@ -168,11 +168,11 @@ def main() -> None:
         if args.kill:
             ways["owners, one killed"] = (ways["owners"][0], True)
         print(
-            f"{'way':24} {'ratio':>6} {'equal':>6} {'worker MiB':>11} {'RSS MiB':>8} {'driver MiB':>11} {'seconds':>8}"
+            f"{'way':24} {'ratio':>6} {'equal':>6} {'worker MiB':>11} {'RSS MiB':>8} {'driver MiB':>11} {'node MiB':>9} {'owners':>7} {'seconds':>8}"
         )
         expected = None
         rate = 0.0
-        with start_nodes(args.nodes) as nodes:
+        with start_nodes(args.nodes, int(args.memory * 1024) * MIB) as nodes:
             for way, (settings, kill) in ways.items():
                 os.environ.pop("RAY_ADDRESS", None)
                 is_on_ray = settings["runner"] == "ray"
@@ -187,7 +187,7 @@ def main() -> None:
                 print(
                     f"{way:24} {per_second / rate:6.2f} {'yes' if table.equals(expected) else 'NO':>6} "
                     f"{max(watch.workers.values(), default=0) / MIB:11.0f} {max(watch.mapped.values(), default=0) / MIB:8.0f} "
-                    f"{watch.driver / MIB:11.0f} {summary.seconds:8.1f}",
+                    f"{watch.driver / MIB:11.0f} {watch.node / MIB:9.0f} {len(watch.owners):7} {summary.seconds:8.1f}",
                     flush=True,
                 )
         index = Index(str(path))

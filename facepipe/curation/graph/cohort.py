@@ -6,6 +6,7 @@ cohort normalisation of speaker verification (Shum et al., Odyssey 2010). There 
 that means over pairs of faces remain inner products of sums.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ _FARTHEST_SHARE = 0.025
 # Minimum ranks, because in a small cohort the nearest faces are of the same identity.
 _MIN_NEAREST_RANK = 20
 _MIN_FARTHEST_RANK = 100
-_BLOCK_ROWS = 8192
+_BLOCK_ROWS = 8192  # a divisor of the rows that a task elsewhere gets, because rounding depends on it
 
 
 def compute_block_density(vectors: Float32, cohort: "Cohort") -> Float32:
@@ -64,8 +65,17 @@ class Cohort:
         first = min(last // 2, max(_MIN_NEAREST_RANK, round(_NEAREST_SHARE * size)))
         if not last:
             return density
-        for at in range(0, len(vectors), _BLOCK_ROWS):
+
+        def compute_block(at: int) -> None:
             block = np.ascontiguousarray(vectors[at : at + _BLOCK_ROWS])
             cosines = faiss.knn(block, self.vectors, last, metric=faiss.METRIC_INNER_PRODUCT)[0]
             density[at : at + _BLOCK_ROWS] = cosines[:, first:].mean(axis=1, dtype=np.float64)
+
+        # A thread per block, and not per part of a product: that would round sums by the number of threads, which is
+        # another one on another machine.
+        with ThreadPoolExecutor(
+            faiss.omp_get_max_threads(), initializer=faiss.omp_set_num_threads, initargs=(1,)
+        ) as threads:
+            for _ in threads.map(compute_block, range(0, len(vectors), _BLOCK_ROWS)):
+                pass
         return density
