@@ -18,7 +18,7 @@ def doctor(
 
     Checked are CPU and GPU, engines, weights, FAISS and the object store. With GALLERY, a small file or object is
     written there and deleted: a store must compare tags, and a file system must have locks that other machines see. The
-    exit code is 1 if facepipe cannot run.
+    exit code is 1 if facepipe cannot run, or if erased rows are on disk longer than they may be.
 
     For example:
 
@@ -26,9 +26,12 @@ def doctor(
         facepipe doctor s3://faces/gallery
     """
     with exit_on_error():
-        from facepipe.observe.doctor import examine_machine
+        from facepipe.erasure.purges import describe_overdue
+        from facepipe.observe.doctor import Finding, examine_machine
 
         findings = examine_machine(gallery)
+        if gallery:
+            findings += [Finding("hidden rows", "broken", problem) for problem in describe_overdue(gallery)]
         print_result(
             {"findings": [finding._asdict() for finding in findings]},
             as_json=as_json,

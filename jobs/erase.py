@@ -56,6 +56,17 @@ def erase(
     resume: Annotated[
         bool, typer.Option("--resume", help="Completion of erasures that are recorded, instead of a new one.")
     ] = False,
+    purge_days: Annotated[
+        float,
+        typer.Option(
+            "--purge-days",
+            metavar="DAYS",
+            help="Days that erased rows may stay on disk, hidden; 0 removes them at once.",
+        ),
+    ] = 0.0,
+    purge: Annotated[
+        bool, typer.Option("--purge", help="Removal of all hidden rows from the disk, instead of a new erasure.")
+    ] = False,
     yes_erase: YesErase = None,
     dry_run: DryRun = False,
     quiet: Quiet = False,
@@ -74,6 +85,11 @@ def erase(
     If a job is running, the erasure is recorded, and no reader returns the images from then on. The job deletes them
     while it goes on.
 
+    With --purge-days, rows in large files are hidden at once, from facepipe and from programs that read Delta tables,
+    and stay on disk for some days: the files are then written anew once for all erasures of that time, by `facepipe
+    compact` or the nightly job. Only programs that open the Parquet files themselves, and versions of facepipe that do
+    not know deleted rows, can see them meanwhile. --purge removes all hidden rows now.
+
     --dry-run names the images, and says how many other faces and exact copies go too. If a name matches nothing, the
     message has the nearest one that the gallery holds, and the exit code is 1; what else was selected is erased. If no
     image is older than --older-than, or none is missing, nothing is due, and the exit code is 0.
@@ -83,6 +99,8 @@ def erase(
         facepipe erase gallery/ --identity "Jane Doe" --dry-run
 
         facepipe erase gallery/ --source cctv --older-than 30
+
+        facepipe erase gallery/ --identity "Jane Doe" --purge-days 7
 
         facepipe erase restored/ --receipt saved/erased/
     """
@@ -109,7 +127,11 @@ def erase(
         limit = choose_limit(selection, yes_erase or ())
         if more_receipts and not receipt:
             raise ConfigError(f"unexpected argument {more_receipts[0]!r}: receipts follow --receipt")
-        if resume:
+        if purge:
+            if selection.list_conditions() or receipt or dry_run or resume:
+                raise ConfigError("--purge removes what is hidden: give it without conditions and --dry-run")
+            summary = erase_pipeline.purge(gallery)
+        elif resume:
             if selection.list_conditions() or receipt or dry_run:
                 raise ConfigError("--resume completes what is recorded: give it without conditions and --dry-run")
             summary = erase_pipeline.resume(gallery, wait=not no_wait, progress=on_progress)
@@ -132,6 +154,7 @@ def erase(
                 may_return=may_return,
                 wait=not no_wait,
                 limit=limit,
+                purge_days=purge_days,
                 progress=on_progress,
             )
         print_result(asdict(summary), as_json=as_json, print_text=lambda: _print_summary(gallery, summary))
@@ -173,6 +196,10 @@ def _print_summary(gallery: str, summary: Any) -> None:
         print(f"{summary.decisions} decisions about them went too")
     for path in summary.receipts:
         print(f"receipt: {path}")
+    if summary.purged:
+        print(f"{summary.purged} files of the table were written anew without hidden rows")
+    for name, due in summary.purges.items():
+        print(f"hidden, and on disk until it is purged, by {due}: {name}")
     for path in summary.trained:
         print(f"a model was trained on some of the faces: {path}")
     if not summary.complete:

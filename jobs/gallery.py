@@ -1,6 +1,7 @@
 """The commands `facepipe info`, `verify` and `export`."""
 
 from dataclasses import asdict
+from datetime import datetime
 from enum import StrEnum
 from heapq import nsmallest
 from typing import Annotated, Any, Optional
@@ -62,6 +63,7 @@ def info(
         import facepipe
         from facepipe.curation.report_folders import describe_reports
         from facepipe.decisions.listing import describe_decisions
+        from facepipe.erasure.purges import format_due, list_purges
         from facepipe.gallery import Gallery
         from facepipe.gallery.migration import describe_migration
         from facepipe.index.lag import describe_state
@@ -74,6 +76,7 @@ def info(
             "reports": describe_reports(opened),
             "decisions": describe_decisions(opened.path),
             "migration": describe_migration(opened),
+            "hidden": {purge.id: format_due(purge.due) for purge in list_purges(opened.path)},
             "facepipe": facepipe.__version__,
             "now": format_date(),
         }
@@ -127,6 +130,8 @@ def _print_info(description: dict[str, Any]) -> None:
         print_table("index", ("", ""), description["index"].items())
     if description["migration"]:
         print_table("migration under way", ("", ""), description["migration"].items())
+    if description["hidden"]:
+        print_table("erased, hidden, and on disk until", ("erasure", "purge due"), description["hidden"].items())
     if description["decisions"]:
         print_table("decisions", ("", "count"), description["decisions"].items())
     if description["reports"]:
@@ -183,7 +188,8 @@ def verify(
     complete if its index holds every face; one that is sound but not complete ends with code 0.
 
     With --erased, check instead that no row, vector, old file, log entry or report still holds what the receipt lists
-    as erased.
+    as erased. If it was erased with --purge-days, and rows are on disk still, the result says by when they will be
+    gone, and the exit code is 1 until they are.
 
     For example:
 
@@ -215,6 +221,7 @@ def verify(
 def _verify_gallery(path: str, *, as_json: bool) -> None:
     from facepipe.decisions.table import verify_table as verify_decisions
     from facepipe.erasure.chain import read_chain
+    from facepipe.erasure.purges import describe_overdue
     from facepipe.gallery import Gallery
     from facepipe.gallery.maintenance.verify import verify_gallery as verify_table
     from facepipe.index.lag import describe_gaps
@@ -228,6 +235,7 @@ def _verify_gallery(path: str, *, as_json: bool) -> None:
     if exists(gallery.path):
         problems += verify_index(gallery)
     problems += read_chain(gallery.path).problems
+    problems += describe_overdue(gallery.path)
     decisions, damage = verify_decisions(gallery.path)
     problems += damage
     if decisions:
@@ -250,6 +258,7 @@ def _verify_gallery(path: str, *, as_json: bool) -> None:
 def _verify_quickly(path: str, *, as_json: bool) -> None:
     """Compare the names and sizes of a gallery's files with its log and with the index's manifest."""
     from facepipe.erasure.chain import read_chain
+    from facepipe.erasure.purges import describe_overdue
     from facepipe.gallery import Gallery
     from facepipe.gallery.maintenance.quick import check_files
     from facepipe.index.manifest import exists
@@ -261,6 +270,7 @@ def _verify_quickly(path: str, *, as_json: bool) -> None:
     if exists(gallery.path):
         problems += check_index_files(gallery)
     problems += read_chain(gallery.path).problems
+    problems += describe_overdue(gallery.path)
     figures = {name: getattr(checked, name) for name in ("version", "files", "rows", "faces")}
 
     def print_text() -> None:
@@ -276,30 +286,44 @@ def _verify_quickly(path: str, *, as_json: bool) -> None:
 
 def _verify_erased(path: str, receipt_path: str, also: list[str], *, of_other_gallery: bool, as_json: bool) -> None:
     from facepipe.erasure import receipt
-    from facepipe.erasure.proof import check_erased, check_folder
+    from facepipe.erasure.proof import check_folder, prove_erasure
+    from facepipe.erasure.purges import format_due
     from facepipe.gallery import Gallery
 
     erasure = receipt.load_receipt(receipt_path)
     # The receipt holds hashes, which are compared with hashes of what the gallery still holds.
-    problems = check_erased(Gallery(path), erasure, of_other_gallery=of_other_gallery)
+    proof = prove_erasure(Gallery(path), erasure, of_other_gallery=of_other_gallery)
+    problems = [*proof.problems]
     for folder in also:
         problems += check_folder(folder, erasure)
 
     def print_text() -> None:
         rows = [("images", erasure.images), ("faces", erasure.faces), ("erased", erasure.at)]
         print_table(f"verify {path} --erased {erasure.id}", ("", ""), rows)
-        print("\n".join(problems) or "nothing of it is left")
+        print("\n".join(problems) or ("hidden from all readers" if proof.hidden else "nothing of it is left"))
+        if proof.hidden:
+            print("\n".join(f"on disk until it is purged: {line}" for line in proof.hidden))
 
     result = {
         "receipt": erasure.id,
         "images": erasure.images,
         "faces": erasure.faces,
         "signed": bool(erasure.mac),
+        "state": "left" if problems else proof.state,
+        "purge_due": proof.due,
+        "hidden": proof.hidden,
         "problems": problems,
     }
     print_result(result, as_json=as_json, print_text=print_text)
     if problems:
         fail(f"{len(problems)} problems: something of it is left, or the receipt was altered", ExitCode.FAILED)
+    if proof.hidden:
+        due = format_due(datetime.fromisoformat(proof.due))
+        fail(
+            f"not gone yet: no reader returns it, and it leaves the disk by {due}; `facepipe erase {path} --purge` "
+            "removes it now",
+            ExitCode.FAILED,
+        )
 
 
 def export(

@@ -5,8 +5,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from facepipe.decisions.table import compact_table
+from facepipe.erasure.purges import choose_due, do_purges, list_purges
 from facepipe.erasure.takeup import RequestTaker
-from facepipe.errors import StorageError
+from facepipe.errors import GalleryBusyError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.gallery.commits.committer import Committer
 from facepipe.gallery.file_counts import refresh_counts
@@ -108,6 +109,10 @@ def _compact(config: CompactConfig, gallery: str, everything: bool, dated: Colle
             folded = fold_marks(Gallery(gallery), commit, everything)
             joined = Gallery(gallery)
             purged = purge_files(joined, find_due_files(joined, config.purge_days, everything=everything), commit)
+            purges = choose_due(list_purges(gallery), margin=True, everything=everything)
+            # A run that reads old files may hold the lease of the index or of the reports: the next compaction purges.
+            with suppress(GalleryBusyError):
+                purged += do_purges(gallery, purges, lease, commit)
             if everything:
                 commit.drop_deletion_vectors()
         deleted = claim_unreferenced(gallery, lease, config.keep_hours * _SECONDS_PER_HOUR)

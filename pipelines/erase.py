@@ -20,15 +20,16 @@ from facepipe.erasure.limits import (
     explain_excess,
 )
 from facepipe.erasure.pending import PendingErasure
+from facepipe.erasure.purges import MOST_DAYS, Purge, choose_due, do_purges, format_due, list_purges
 from facepipe.erasure.receipt import Receipt, get_receipt_path, load_receipt
 from facepipe.erasure.repeat import RepeatedErasure, keep_out, select_repeated
 from facepipe.erasure.requests import find_indexed_faces, record_request
 from facepipe.erasure.selection import Selection, explain_unmatched, read_time
 from facepipe.erasure.trainings import find_left_faces, list_trainings
-from facepipe.errors import ErasureLimitError, FacepipeError, GalleryBusyError, StorageError
+from facepipe.errors import ConfigError, ErasureLimitError, FacepipeError, GalleryBusyError, StorageError
 from facepipe.gallery import Gallery, suppressed
 from facepipe.gallery.migration import delete_leftovers, list_surplus, locate_migration
-from facepipe.storage.lease import is_held
+from facepipe.storage.lease import hold_lease, is_held
 from pipelines.cluster import assign as cluster_assign
 from pipelines.runtime.run_record import attach_summary, get_current_run, record_calls
 
@@ -49,6 +50,8 @@ class EraseSummary:
         rows: rows that were deleted.
         dry_run: nothing was deleted; the counts say what would be.
         request: id of the request; empty if nothing was selected.
+        purges: by when hidden rows leave the disk, by the id of the erasure.
+        purged: files of the table that were written anew because the time of hidden rows was over.
         complete: whether everything is deleted. If not, the images are recorded and hidden, and a running job or the
             next erase deletes them.
         receipts: paths of receipts, those of earlier erasures that were completed as well.
@@ -72,6 +75,8 @@ class EraseSummary:
     rows: int = 0
     dry_run: bool = False
     request: str = ""
+    purges: dict[str, str] = field(default_factory=dict)
+    purged: int = 0
     complete: bool = True
     receipts: list[str] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
@@ -97,6 +102,7 @@ def run(
     may_return: bool = False,
     wait: bool = True,
     limit: ErasureLimit | None = None,
+    purge_days: float = 0.0,
     progress: Progress = lambda line: None,
 ) -> EraseSummary:
     """Erase images: rows, vectors, thumbnails, report entries, old files, and the table's older log.
@@ -111,13 +117,16 @@ def run(
         may_return: let a later `embed` take the images in again.
         wait: return only when everything is deleted. Else return when all is done that can be done now.
         limit: how much may be erased; by default what `choose_limit` says.
+        purge_days: days that rows may stay on disk in large files, hidden from all readers; 0 if they go at once.
         progress: called with a line per step.
 
     Raises:
-        ConfigError: the selection is empty or invalid.
+        ConfigError: the selection is empty or invalid, or the days are too many.
         ErasureLimitError: more images are selected than may be erased without asking.
     """
     table = Gallery(gallery)
+    if not 0 <= purge_days <= MOST_DAYS:
+        raise ConfigError(f"--purge-days {purge_days:g} is not between 0 and {MOST_DAYS:g} days")
     limit = limit or choose_limit(selection)
     selection.build_filter(read_time())  # refuse an empty selection before anything is done
     # Faces that people say are the person go as well, whatever the source calls them.
@@ -130,12 +139,18 @@ def run(
         summary.uris = selected.uris.slice(0, MAX_NAMED).to_pylist()
         summary.refusal = explain_excess(table, selected.images, selected.rows, limit)
         return summary
-    return _erase(selection, table.path, limit, may_return, wait, progress)
+    return _erase(selection, table.path, limit, may_return, wait, purge_days, progress)
 
 
 @record_calls("erase")
 def _erase(
-    selection: Selection, gallery: str, limit: ErasureLimit, may_return: bool, wait: bool, progress: Progress
+    selection: Selection,
+    gallery: str,
+    limit: ErasureLimit,
+    may_return: bool,
+    wait: bool,
+    purge_days: float,
+    progress: Progress,
 ) -> EraseSummary:
     summary = EraseSummary()
     attach_summary(summary)
@@ -161,6 +176,7 @@ def _erase(
             requested=chosen.time,
             may_return=may_return,
             share=choose_total_share(table, selected, limit),
+            purge_days=purge_days,
         )
         summary.request = erasure.id
         find_indexed_faces(gallery, erasure)
@@ -180,6 +196,49 @@ def _erase(
     if erasure:
         _note_completion(gallery, erasure, summary)
         _look_at_trainings(gallery, erasure, summary, progress)
+    _purge_overdue(gallery, summary, progress)
+    return summary
+
+
+def _purge_overdue(gallery: str, summary: EraseSummary, progress: Progress) -> None:
+    """Remove hidden rows whose time is over, unless another run is writing, and note which are left."""
+    overdue = choose_due(list_purges(gallery), margin=False)
+    try:
+        summary.purged += _purge(gallery, overdue)
+    except GalleryBusyError as error:
+        progress(f"hidden rows whose time is over are still on disk: {error}")
+    _note_purges(gallery, summary)
+
+
+def _note_purges(gallery: str, summary: EraseSummary) -> None:
+    summary.purges = {purge.id: format_due(purge.due) for purge in list_purges(gallery)}
+
+
+def _purge(gallery: str, purges: list[Purge]) -> int:
+    if not purges:
+        return 0
+    with hold_lease(gallery) as lease:
+        return do_purges(gallery, purges, lease)
+
+
+def purge(gallery: str) -> EraseSummary:
+    """Remove all hidden rows of erasures from the disk, whether their time is over or not.
+
+    Args:
+        gallery: folder or URL of the gallery.
+
+    Raises:
+        GalleryBusyError: another run is writing to the gallery, or reading old files of it.
+    """
+    return _purge_all(Gallery(gallery).path)
+
+
+@record_calls("erase")
+def _purge_all(gallery: str) -> EraseSummary:
+    summary = EraseSummary()
+    attach_summary(summary)
+    summary.purged = _purge(gallery, list_purges(gallery))
+    _note_purges(gallery, summary)
     return summary
 
 
@@ -341,6 +400,7 @@ def resume(gallery: str, *, wait: bool = False, progress: Progress = lambda line
     for erasure in unfinished:
         _note_completion(path, erasure, summary)
         _look_at_trainings(path, erasure, summary, progress)
+    _purge_overdue(path, summary, progress)
     return summary
 
 

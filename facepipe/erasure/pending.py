@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from facepipe import storage
-from facepipe.erasure.receipt import Receipt
+from facepipe.erasure.receipt import RECEIPT, Receipt
 from facepipe.erasure.selection import SelectedImages, Selection
 from facepipe.errors import GalleryBusyError, StorageError
 from facepipe.gallery import hidden
@@ -76,6 +76,7 @@ class PendingErasure:
         selection: the conditions; None if an older facepipe began the erasure.
         requested: when it was recorded.
         share: largest share of the table's rows that the erasure may come to, with images that come in later.
+        purge_days: days that deleted rows may stay on disk, hidden from all readers; 0 if they go at once.
         indexed: ids that only the index holds: faces of earlier contents of the images.
         done: the parts that are done.
     """
@@ -85,6 +86,7 @@ class PendingErasure:
     selection: Selection | None = None
     requested: datetime | None = None
     share: float = 1.0
+    purge_days: float = 0.0
     indexed: Int64 = field(default_factory=lambda: np.empty(0, np.int64))
     done: set[str] = field(default_factory=set)
 
@@ -119,6 +121,7 @@ def write_pending(gallery: str, erasure: PendingErasure, *, must_exist: bool = F
         "version": selected.version,
         "rows": selected.rows,
         "share": erasure.share,
+        "purge_days": erasure.purge_days,
     }
     if erasure.selection is not None and erasure.requested is not None:
         head["selection"] = erasure.selection.to_dict()
@@ -184,7 +187,7 @@ def _add_progress(gallery: str, erasure: PendingErasure, part: str) -> None:
         progress = json.loads(content[0])
         values = {name: progress["receipt"][name] for name in _FIELDS[part]}
         # Validation finds values of another type.
-        checked = TypeAdapter(Receipt).validate_python(erasure.receipt.to_dict() | values)
+        checked = RECEIPT.validate_python(erasure.receipt.to_dict() | values)
     except (ValueError, TypeError, KeyError):
         return  # damaged: the steps it tells of are simply repeated
     for name in _FIELDS[part]:
@@ -222,8 +225,9 @@ def _read_pending(gallery: str, name: str) -> PendingErasure | None:
         head = json.loads(table.schema.metadata[b"erasure"])
         values = {kind: select_values(table, kind).cast(type_) for kind, type_ in _TYPES.items()}
         selected = SelectedImages(version=head["version"], rows=head["rows"], **values)
-        erasure = PendingErasure(TypeAdapter(Receipt).validate_python(head["receipt"]), selected)
+        erasure = PendingErasure(RECEIPT.validate_python(head["receipt"]), selected)
         erasure.share = float(head.get("share", 1.0))  # an older facepipe knew no limit
+        erasure.purge_days = float(head.get("purge_days", 0.0))
         # The id becomes the name of files, and anybody may have written this one.
         if erasure.id != name.removesuffix(PENDING):
             raise ValueError("an id that is not the file's")
@@ -242,7 +246,7 @@ def _add_old_progress(gallery: str, erasure: PendingErasure) -> None:
     if name not in _list_names(gallery):
         return
     try:
-        receipt = TypeAdapter(Receipt).validate_json(storage.read(_get_path(gallery, name)))
+        receipt = RECEIPT.validate_json(storage.read(_get_path(gallery, name)))
     except ValidationError:  # the steps it tells of are simply repeated
         return
     erasure.receipt = replace(receipt, hashes={})
@@ -286,7 +290,8 @@ def delete_pending(gallery: str, receipt: Receipt) -> None:
     """Delete the files of an erasure that is complete."""
     # Readers stop looking at the names first. Without them the rest says nothing, and after a crash no erasure seems
     # complete that is not.
-    hidden.remove_request(gallery, receipt.id)
+    # Galleries that are open know the rows that are still on disk, and do not know that they are deleted.
+    hidden.remove_request(gallery, receipt.id, oldest_readable=receipt.version_after if receipt.purge_due else 0)
     with _hold_guard(gallery):
         storage.delete(_get_path(gallery, receipt.id + PENDING))
     # Files that a process was writing when it was killed may hold names too. Nobody writes them any more: the first

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
 
@@ -19,9 +20,11 @@ from facepipe.erasure import pending
 from facepipe.erasure.chain import read_chain
 from facepipe.erasure.foreign import iterate_words
 from facepipe.erasure.lists import create_line_reader, iterate_csv_rows
+from facepipe.erasure.purges import list_purges
 from facepipe.erasure.receipt import Receipt, ReceiptHashes, get_receipt_path, parse_receipt
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
+from facepipe.gallery.commits.rewrite import read_rows
 from facepipe.gallery.erasure_key import read_key
 from facepipe.gallery.maintenance.vacuum import find_foreign, find_unreferenced, list_log
 from facepipe.index import manifest as manifests
@@ -106,7 +109,39 @@ def check_receipt(gallery: Gallery, receipt: Receipt, *, of_other_gallery: bool 
     return problems
 
 
+@dataclass(frozen=True)
+class ErasureProof:
+    """What is left of an erasure.
+
+    Attributes:
+        problems: What is left and should not be, or speaks against the receipt.
+        hidden: What is left on the disk, hidden from all readers, and not yet due to be purged.
+        due: By when it has to be purged, UTC, ISO 8601; empty if nothing is hidden.
+    """
+
+    problems: list[str]
+    hidden: list[str]
+    due: str = ""
+
+    @property
+    def state(self) -> str:
+        """One word: `gone`, `hidden` (its purge is not due yet) or `left`."""
+        if self.problems:
+            return "left"
+        return "hidden" if self.hidden else "gone"
+
+
 def check_erased(gallery: Gallery, receipt: Receipt, *, of_other_gallery: bool = False) -> list[str]:
+    """Look for anything that is left of what a receipt lists as deleted, hidden rows included. See `prove_erasure`.
+
+    Returns:
+        Problems; empty if nothing is left.
+    """
+    proof = prove_erasure(gallery, receipt, of_other_gallery=of_other_gallery)
+    return [*proof.problems, *proof.hidden]
+
+
+def prove_erasure(gallery: Gallery, receipt: Receipt, *, of_other_gallery: bool = False) -> ErasureProof:
     """Look for anything that is left of what a receipt lists as deleted.
 
     This reads the whole gallery, one batch at a time.
@@ -116,31 +151,38 @@ def check_erased(gallery: Gallery, receipt: Receipt, *, of_other_gallery: bool =
         receipt: the receipt. If it was altered, nothing is looked for.
         of_other_gallery: look for what another gallery has erased.
 
-    Returns:
-        Problems; empty if nothing is left.
-
     Raises:
         StorageError: something cannot be read.
         ConfigError: the receipt was made with a key that is not set.
     """
     problems = check_receipt(gallery, receipt, of_other_gallery=of_other_gallery)
     if problems:
-        return problems
+        return ErasureProof(problems, [])
     # Each check reads another place that held the data.
     hashes = _MentionCounter(receipt)
     problems = [
         *_check_rows(gallery, hashes),
-        *_check_files(gallery, receipt, hashes),
-        *_check_log(gallery, hashes),
+        *_check_other_files(gallery, hashes),
         *_check_vectors(gallery, hashes),
         *_check_reports(gallery, hashes),
         *_check_decisions(gallery, hashes),
         *_check_uploads(gallery, receipt),
     ]
+    on_disk = [
+        *_check_deleted_rows(gallery, hashes),
+        *_check_files(gallery, receipt, hashes),
+        *_check_log(gallery, hashes),
+    ]
     # Places may be clean by now although steps are left.
     if pending.is_pending(gallery.path, receipt.id):
         problems.append("the erasure is not complete: run `facepipe erase` to resume it")
-    return problems
+    purge = next((purge for purge in list_purges(gallery.path) if purge.id == receipt.id), None)
+    is_in_time = purge is not None and receipt.purge_due and not purge.is_overdue()
+    if on_disk and is_in_time:
+        return ErasureProof(problems, on_disk, receipt.purge_due)
+    if on_disk and receipt.purge_due:
+        problems.append(f"the erasure {receipt.id}: hidden rows had to leave the disk by {receipt.purge_due}")
+    return ErasureProof([*problems, *on_disk], [])
 
 
 def check_folder(folder: str, receipt: Receipt) -> list[str]:
@@ -173,7 +215,7 @@ def _check_rows(gallery: Gallery, hashes: _MentionCounter) -> Iterator[str]:
     counts = {"uri": 0, "image_id": 0, "face_id": 0}
     try:
         # Count matches per column: a row may be found by one of them only.
-        for batch in gallery.batches(list(counts), with_hidden=True, with_deleted=True):
+        for batch in gallery.batches(list(counts), with_hidden=True):
             counts["uri"] += hashes.count_matches(batch["uri"].to_pylist(), "uris")
             counts["image_id"] += hashes.count_matches(batch["image_id"].drop_null().to_pylist(), "images")
             counts["face_id"] += hashes.count_matches(map(str, batch["face_id"].drop_null().to_pylist()), "faces")
@@ -184,22 +226,39 @@ def _check_rows(gallery: Gallery, hashes: _MentionCounter) -> Iterator[str]:
             yield f"the table: {count} rows by {column}"
 
 
+def _check_deleted_rows(gallery: Gallery, hashes: _MentionCounter) -> Iterator[str]:
+    """Check rows that files hold and the table does not."""
+    for path, numbers in gallery.deleted_rows.items():
+        rows = read_rows(gallery, path, ["uri", "image_id", "face_id"], with_deleted=True).take(pa.array(numbers))
+        count = max(
+            hashes.count_matches(rows["uri"].to_pylist(), "uris"),
+            hashes.count_matches(rows["image_id"].drop_null().to_pylist(), "images"),
+            hashes.count_matches(map(str, rows["face_id"].drop_null().to_pylist()), "faces"),
+        )
+        if count:
+            yield f"faces/{path}: {count} deleted rows"
+
+
 def _check_files(gallery: Gallery, receipt: Receipt, hashes: _MentionCounter) -> Iterator[str]:
-    """Check files beside the table: older ones hold what left it, and uncommitted ones may."""
+    """Check the table's files, and files beside it: older ones hold what left it, and uncommitted ones may."""
     for file in find_unreferenced(gallery):
         # A file that the receipt names held erased rows; others are searched.
         name = os.path.basename(file.url)
         if name in receipt.files_before or _count_anywhere(file.url, hashes):
             yield f"faces/{name}: not part of the table, and holds erased rows"
+    for part in gallery.files():
+        if part["path"] in receipt.files_before:
+            yield f"faces/{part['path']}: should be deleted"
+
+
+def _check_other_files(gallery: Gallery, hashes: _MentionCounter) -> Iterator[str]:
+    """Check files that no purge concerns."""
     for file in find_foreign(gallery):
         if _count_anywhere(file.url, hashes):
             yield f"faces/{os.path.basename(file.url)}: facepipe did not write it, and it holds erased rows"
     marks = gallery.marks_file
     if marks is not None and _count_anywhere(storage.join(gallery.faces_folder, marks), hashes):
         yield f"faces/{marks}: marks of erased images"
-    for part in gallery.files():
-        if part["path"] in receipt.files_before:
-            yield f"faces/{part['path']}: should be deleted"
 
 
 def _check_log(gallery: Gallery, hashes: _MentionCounter) -> Iterator[str]:

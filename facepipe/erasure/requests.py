@@ -56,6 +56,7 @@ def record_request(
     continues: Receipt | None = None,
     repeats: Sequence[str] = (),
     share: float = 1.0,
+    purge_days: float = 0.0,
 ) -> PendingErasure:
     """Record an erasure. When this returns, no reader returns the images any more.
 
@@ -68,6 +69,7 @@ def record_request(
         continues: receipt of an erasure of which this one is a later part.
         repeats: ids of the erasures that this one repeats.
         share: largest share of the table's rows that it may come to, with images that come in later.
+        purge_days: days that deleted rows may stay on disk, hidden from all readers.
     """
     if continues is not None:
         chosen_by = continues.chosen_by
@@ -88,7 +90,7 @@ def record_request(
         key=continues.key if continues else _get_key_fingerprint(),
     )
     set_counts(receipt, selected)
-    erasure = PendingErasure(receipt, selected, selection, requested, share)
+    erasure = PendingErasure(receipt, selected, selection, requested, share, purge_days)
     _write_request(gallery.path, erasure)
     return erasure
 

@@ -32,6 +32,7 @@ from facepipe.erasure.erased_data import ErasedData
 from facepipe.erasure.foreign import mentions_erased
 from facepipe.erasure.limits import count_rows, is_beyond
 from facepipe.erasure.pending import DECISIONS, FILES, INDEX, REPORTS, ROWS, PendingErasure
+from facepipe.erasure.purges import plan_purge, record_purge
 from facepipe.erasure.receipt import Receipt
 from facepipe.erasure.reports import scrub_report, scrub_reports
 from facepipe.erasure.selection import SelectedImages, select_again
@@ -274,11 +275,15 @@ class _ErasureSteps:
             plan = plan_rewrite_of_uris(uris, lambda rows, mask: rows.filter(pc.invert(mask)))
             # What was replaced or relabelled may be on disk still, and goes as well.
             plan = replace(plan, deletes=True, purges=self._find_deleted)
+            if self.erasure.purge_days > 0:
+                # Hide the rows at once. The files that hold them are written anew within some days.
+                plan = replace(plan, defers=True, keeps=_keep_none)
             actions = list(rewrite_files(table, plan, trace))
             if actions:
                 self.receipt.version_before = table.version
                 self.receipt.version_after = table.version + 1
-                self.receipt.files_before |= {name: digest or "" for name, digest in trace.before}
+                held = [*trace.before, *trace.hidden]
+                self.receipt.files_before |= {name: digest or "" for name, digest in held}
                 self.receipt.files_after |= {name: digest or "" for name, digest in trace.after}
             self._save_progress(ROWS, lease)
             return actions
@@ -573,7 +578,14 @@ class _ErasureSteps:
             pending.delete_pending(self.gallery, self.receipt)
             suppressed.release_images(self.gallery, self.erasure.id)
             return True
-        self._forget_replaced_files(Gallery(self.gallery))
+        table = Gallery(self.gallery)
+        self._forget_replaced_files(table)
+        # What is hidden and still on disk must not be forgotten, so it is recorded before the receipt is written.
+        if self.erasure.purge_days > 0:
+            purge = plan_purge(table, self.receipt, self.erasure.purge_days)
+            if purge is not None:
+                record_purge(self.gallery, purge)
+                self.receipt.purge_due = purge.due.isoformat(timespec="seconds")
         try:
             self.receipt.hashes = hash_selected(self.receipt, self.erasure.selected)
             path = save_receipt(self.gallery, self.receipt)
@@ -584,6 +596,11 @@ class _ErasureSteps:
         self.advance.receipts.append(path)
         pending.delete_pending(self.gallery, self.receipt)
         return True
+
+
+def _keep_none(rows: pa.Table) -> pa.BooleanArray:
+    """Tell that none of the rows that an erasure concerns is kept."""
+    return pa.array(np.zeros(rows.num_rows, bool))
 
 
 def set_counts(receipt: Receipt, selected: SelectedImages) -> None:

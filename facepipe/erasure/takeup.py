@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import TypeVar
@@ -22,10 +23,11 @@ import pyarrow.parquet as pq
 from facepipe import storage
 from facepipe.erasure import pending
 from facepipe.erasure.limits import count_rows, is_beyond
+from facepipe.erasure.purges import choose_due, do_purges, list_purges
 from facepipe.erasure.requests import extend_request, record_request
 from facepipe.erasure.selection import SelectedImages, select_images, select_rows
 from facepipe.erasure.steps import Advance, HeldLeases, advance_erasures, is_advancing
-from facepipe.errors import FacepipeError, StorageError
+from facepipe.errors import FacepipeError, GalleryBusyError, StorageError
 from facepipe.gallery import Gallery, hidden, suppressed
 from facepipe.gallery.commits.committer import Committer
 from facepipe.gallery.commits.parts import PartRecord, replace_part
@@ -46,6 +48,8 @@ _BLOCK_SECONDS = 60.0
 _STOP_SECONDS = 20.0
 # Images that are taken out of finished blocks get receipts of their own: one for this time, if many are.
 _FOLLOW_UP_SECONDS = 600.0
+# How often hidden rows are looked for whose time is over.
+_PURGE_SECONDS = 600.0
 
 Item = TypeVar("Item")
 
@@ -204,6 +208,7 @@ class RequestTaker:
         self._lease = lease
         self._standing: dict[str, _StandingRequest] = {}
         self._last_follow_up = time.monotonic()
+        self._last_purge = time.monotonic()
         self._wants_commit = False
         self._stop = threading.Event()
         # The thread logs as part of this run.
@@ -257,10 +262,20 @@ class RequestTaker:
     def _attempt(self, *, is_last: bool = False) -> bool:
         """Do what can be done now, and return whether no request is left."""
         try:
+            self._purge()
             return self._take_up(is_last=is_last)
         except (FacepipeError, OSError) as error:
             log_event("erasure.postponed", logging.WARNING, error=error)
             return False
+
+    def _purge(self) -> None:
+        """Remove hidden rows whose time is over: a run may hold the gallery's lease for weeks."""
+        if time.monotonic() - self._last_purge < _PURGE_SECONDS:
+            return
+        self._last_purge = time.monotonic()
+        due = choose_due(list_purges(self._gallery), margin=False)
+        with suppress(GalleryBusyError):
+            do_purges(self._gallery, due, self._lease, self.committer)
 
     def _take_up(self, *, is_last: bool) -> bool:
         requests = hidden.list_requests(self._gallery)

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from facepipe import storage
 from facepipe.erasure.selection import SelectedImages
 from facepipe.errors import IndexDamagedError, IndexReplacedError
-from facepipe.gallery.commits.log import find_last_equal_version
+from facepipe.gallery.commits.log import find_last_equal_version, find_last_version_of_rows
 from facepipe.index import manifest as manifests
 from facepipe.index.centroids import choose_centroids, replace_centroids
 from facepipe.index.manifest import Manifest, ShardEntry, Template
@@ -213,11 +213,7 @@ def remove_vectors(
             removal.after |= {f"{rewritten.name}/{name}": file.sha256[:32] for name, file in rewritten.files.items()}
     # Publish the new shards, and only then delete the files of the old ones.
     before_publishing()
-    table_version = manifest.table_version
-    faces_folder = storage.join(gallery, "faces")
-    # Entries that change no file may lie between the versions, such as those that keep runs out that were asleep.
-    if table_version >= 0 and find_last_equal_version(faces_folder, table_version) >= version_before >= table_version:
-        table_version = find_last_equal_version(faces_folder, version_after)
+    table_version = _move_version(gallery, manifest.table_version, version_before, version_after)
     if removal.dropped:
         table_version = manifests.INCOMPLETE
     # Searches that began before cannot go on with what held erased faces: it is not kept for them.
@@ -232,6 +228,37 @@ def remove_vectors(
     if draft != manifest:
         manifests.publish(gallery, draft, tag, lease, known=manifest)
     manifests.sweep(gallery, lease)
+
+
+def follow_rewrite(gallery: str, lease: Lease) -> None:
+    """Have the index answer for the newest version of the table that has the same rows, if in other files.
+
+    Else the next `index` would have to compare all faces, because the older version cannot be opened any more.
+
+    Args:
+        gallery: folder or URL of the gallery.
+        lease: of the index.
+    """
+    if not manifests.exists(gallery):
+        return
+    try:
+        manifest, tag = manifests.load_tagged(gallery)
+    except IndexDamagedError:
+        return  # no search opens it
+    if manifest.table_version < 0:
+        return
+    table_version = find_last_version_of_rows(storage.join(gallery, "faces"), manifest.table_version)
+    if table_version != manifest.table_version:
+        manifests.publish(gallery, replace(manifest, table_version=table_version), tag, lease, known=manifest)
+
+
+def _move_version(gallery: str, version: int, version_before: int, version_after: int) -> int:
+    """Return the version that an index answers for after a change of the table that it has followed."""
+    folder = storage.join(gallery, "faces")
+    # Entries that change no file may lie between the versions, such as those that keep runs out that were asleep.
+    if version >= 0 and find_last_equal_version(folder, version) >= version_before >= version:
+        return find_last_equal_version(folder, version_after)
+    return version
 
 
 def _replace_template(store: Store, manifest: Manifest, gone: Int64) -> Template | None:

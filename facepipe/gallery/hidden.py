@@ -3,6 +3,10 @@
 `erased/hidden.list` names the erasures that are going on. `erased/ID.pending` holds the images of each, and
 `erased/ID.indexed` ids of faces that only the index holds. Readers look at the first, small file often. They read the
 others only if it has changed.
+
+Rows that an erasure has deleted may stay on disk for some days. A gallery that was opened before that does not know
+that they are deleted. So the list also has the version of the table from which on they are: readers of older ones are
+refused.
 """
 
 import json
@@ -60,6 +64,19 @@ class HiddenImages:
 NOTHING_HIDDEN = HiddenImages(pa.array([], pa.string()), np.empty(0, np.int64))
 
 
+@dataclass(frozen=True)
+class _HiddenList:
+    """The list of what readers must leave out.
+
+    Attributes:
+        requests: ids of the erasures that are going on, oldest first.
+        oldest_readable: the oldest version of the table that readers may read.
+    """
+
+    requests: tuple[str, ...] = ()
+    oldest_readable: int = 0
+
+
 class HiddenWatch:
     """Knows at any time which images of a gallery its readers must leave out."""
 
@@ -67,6 +84,7 @@ class HiddenWatch:
         self._gallery = gallery
         self._tag: str | None = None
         self._images = NOTHING_HIDDEN
+        self._oldest_readable = 0
         self._last_look = -_REMOTE_POLL_SECONDS
         self._is_frozen = False
 
@@ -87,12 +105,18 @@ class HiddenWatch:
             tag = tagged[1] if tagged else None
             if tag == self._tag:
                 break
-            requests = _decode(tagged[0], self._gallery) if tagged else ()
+            content = _decode(tagged[0], self._gallery) if tagged else _HiddenList()
             # A file that is gone belongs to an erasure that has just been completed: look at the list again.
-            images = _read_images(self._gallery, requests)
+            images = _read_images(self._gallery, content.requests)
             self._images = images
+            self._oldest_readable = content.oldest_readable
             self._tag = tag
         return self._images
+
+    @property
+    def oldest_readable(self) -> int:
+        """The oldest version of the table that readers may read, as `read` found it last."""
+        return self._oldest_readable
 
     def freeze(self) -> None:
         """Leave out the same images from now on, so that several passes over the gallery agree."""
@@ -112,7 +136,7 @@ class HiddenWatch:
 def list_requests(gallery: str) -> tuple[str, ...]:
     """List the ids of the erasures that are recorded and not complete, oldest first."""
     tagged = conditional.read_tagged(_get_list_path(gallery))
-    return _decode(tagged[0], gallery) if tagged else ()
+    return _decode(tagged[0], gallery).requests if tagged else ()
 
 
 def list_complete(gallery: str) -> frozenset[str]:
@@ -126,23 +150,33 @@ def add_request(gallery: str, request: str) -> None:
     _change_list(gallery, lambda requests: [*(name for name in requests if name != request), request])
 
 
-def remove_request(gallery: str, request: str) -> None:
-    """Tell readers that an erasure is complete. Its pending file may be deleted afterwards."""
+def remove_request(gallery: str, request: str, *, oldest_readable: int = 0) -> None:
+    """Tell readers that an erasure is complete. Its pending file may be deleted afterwards.
+
+    Args:
+        gallery: folder or URL of the gallery.
+        request: id of the erasure.
+        oldest_readable: the oldest version of the table that readers may read from now on.
+    """
     if request in list_requests(gallery):
-        _change_list(gallery, lambda requests: [name for name in requests if name != request])
+        _change_list(gallery, lambda requests: [name for name in requests if name != request], oldest_readable)
 
 
-def _change_list(gallery: str, change: Callable[[tuple[str, ...]], list[str]]) -> None:
+def _change_list(gallery: str, change: Callable[[tuple[str, ...]], list[str]], oldest_readable: int = 0) -> None:
     """Change the list on the condition that nobody else does so at the same time."""
     path = _get_list_path(gallery)
     for _ in range(_MAX_ATTEMPTS):
         tagged = conditional.read_tagged(path)
-        requests = _decode(tagged[0], gallery) if tagged else ()
+        current = _decode(tagged[0], gallery) if tagged else _HiddenList()
         # The random number tells readers of a change even if the names are the same.
-        data = json.dumps({"change": secrets.token_hex(8), "requests": change(requests)})
+        content = {
+            "change": secrets.token_hex(8),
+            "requests": change(current.requests),
+            "oldest_readable": max(oldest_readable, current.oldest_readable),
+        }
         storage.make_parent_folder(path)
         try:
-            conditional.write_if(path, data.encode(), tagged[1] if tagged else None)
+            conditional.write_if(path, json.dumps(content).encode(), tagged[1] if tagged else None)
         except conditional.ConflictError:
             continue
         return
@@ -153,18 +187,23 @@ def _get_list_path(gallery: str) -> str:
     return storage.join(get_erased_folder(gallery), _LIST)
 
 
-def _decode(data: bytes, gallery: str) -> tuple[str, ...]:
+def _decode(data: bytes, gallery: str) -> _HiddenList:
     try:
-        requests = json.loads(data)["requests"]
+        content = json.loads(data)
+        requests = content["requests"]
+        # Lists of older versions have no such number.
+        oldest_readable = content.get("oldest_readable", 0)
         if not all(isinstance(name, str) and "/" not in name for name in requests):
             raise ValueError("not a list of ids")
+        if not isinstance(oldest_readable, int):
+            raise ValueError("not a version")
     except (ValueError, TypeError, KeyError) as error:
         path = _get_list_path(gallery)
         raise GalleryError(
             f"{path!r}, which says what readers must leave out, is damaged: delete it, and run `facepipe erase "
             f"{gallery} --resume`, which makes it again"
         ) from error
-    return tuple(requests)
+    return _HiddenList(tuple(requests), oldest_readable)
 
 
 def _read_images(gallery: str, requests: tuple[str, ...]) -> HiddenImages:

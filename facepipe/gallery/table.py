@@ -535,7 +535,7 @@ class Gallery:
                 f"files of {self.path!r} hold deleted rows, which a dataset of pyarrow cannot leave out: use "
                 f"Gallery.batches, or run `facepipe compact --all {self.path}`, which writes such files anew"
             )
-        hidden = self._hidden.read()
+        hidden = self.read_hidden()
         dataset = self.open_all_rows(ranges)
         return dataset.filter(hidden.visible) if hidden else dataset
 
@@ -685,7 +685,7 @@ class Gallery:
             if part is None:
                 return
             # Look again for each file, because an erasure may be recorded meanwhile.
-            hidden = self._hidden.read()
+            hidden = self.read_hidden()
             rows = part.rows.filter(hidden.visible) if hidden else part.rows
             if rows.num_rows:
                 chosen = marks.apply(rows).select(names)
@@ -694,12 +694,23 @@ class Gallery:
                 yield chosen
 
     def read_hidden(self) -> HiddenImages:
-        """Read which images are being erased."""
-        return self._hidden.read()
+        """Read which images are being erased.
+
+        Raises:
+            GalleryError: rows of the version that is open were erased since, and are on disk still.
+        """
+        hidden = self._hidden.read()
+        oldest = self._hidden.oldest_readable
+        if self.version < oldest and log.has_later_version(self.faces_folder, self.version):
+            raise GalleryError(
+                f"images were erased from the gallery {self.path!r} since version {self.version}: open the gallery "
+                "again, or run the same command again"
+            )
+        return hidden
 
     def _add_hidden(self, where: "ds.Expression | None") -> "ds.Expression | None":
         """Make a filter leave out the images that are being erased."""
-        hidden = self._hidden.read()
+        hidden = self.read_hidden()
         if not hidden:
             return where
         return hidden.visible if where is None else where & hidden.visible

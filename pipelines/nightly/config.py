@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from facepipe.curation.duplicates import DuplicateRule
+from facepipe.erasure.purges import MOST_DAYS
 from facepipe.gallery.maintenance.compact import CompactConfig
 from facepipe.sources import BoxesFrame, SourceConfig, SourceKind, UnlistedBoxes, locate_source
 from facepipe.sources.identity import IdentityRule
@@ -78,6 +79,8 @@ class NightConfig:
             erased as missing, and the exit code is 1.
         retention_at_most: Largest share of a source's rows that may be past its retention at once. Above it none is
             erased, and the exit code is 1. By default three nights' worth, but at least 0.1 and at most 0.5.
+        purge_days: Days that erased rows may stay on disk in large files, hidden from all readers, so that the erasures
+            of several nights write each file once. 0 removes them at once.
         clusters: assign (new faces to the clusters that `facepipe cluster` made), make (also the first clusters, as
             [cluster] and [graph] say), or no.
         dedup: Whether to compare new images with all images.
@@ -87,6 +90,7 @@ class NightConfig:
     few_failed: Annotated[int, Field(ge=0)] = 0
     missing_at_most: Share = 0.1
     retention_at_most: Share | None = None
+    purge_days: Annotated[float, Field(ge=0, le=MOST_DAYS)] = 0.0
     clusters: Literal["assign", "make", "no"] = "assign"
     dedup: bool = True
 

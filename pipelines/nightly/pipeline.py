@@ -8,6 +8,7 @@ from datetime import date
 
 from facepipe import storage
 from facepipe.erasure.foreign import describe_foreign
+from facepipe.erasure.purges import describe_overdue
 from facepipe.errors import (
     ErasureLimitError,
     GalleryBusyError,
@@ -143,6 +144,7 @@ def _run_night(
             lease.check()
             step()
             night.finish_erasures()
+        night.check_purges()
         night.summary.version = Gallery(gallery).version
         return night.summary
 
@@ -184,6 +186,10 @@ class _Night:
         """Note files that hold erased data and are not ours to delete."""
         if erased.foreign:
             self.summary.failures.append(describe_foreign(erased.foreign))
+
+    def check_purges(self) -> None:
+        """Note hidden rows that are on disk although their time is over. The step `compact` removes them."""
+        self.summary.failures += describe_overdue(self.gallery)
 
     def check_clock(self) -> None:
         """Note if the clock is wrong. Images with a retention are then neither embedded nor erased for their age."""
@@ -284,6 +290,7 @@ class _Night:
                 may_return=selection.missing,
                 wait=False,
                 limit=limit,
+                purge_days=self.config.night.purge_days,
                 progress=self._on_progress,
             )
         except ErasureLimitError as error:

@@ -195,21 +195,21 @@ def read_cpu() -> float:
     return total
 
 
-def build_config(place: Path, full_listing_every: int) -> NightlyConfig:
+def build_config(place: Path, full_listing_every: int, purge_days: float) -> NightlyConfig:
     source = {"uri": str(place / "in"), "name": "in", "missing": "erase", "full_listing_every": full_listing_every}
     return build(
         DrawnNights,
         {"gallery": str(place / "g"), "source": [source]},
         {"detect": {"model": "fake-detector"}, "embed": {"model": "fake-embedder"}},
         {"run": {"runner": "inline", "block_largest": 4096}, "index": {"factory": "Flat"}},
-        {"night": {"clusters": "no", "dedup": True}, "compact": {"fewest": 2}},
+        {"night": {"clusters": "no", "dedup": True, "purge_days": purge_days}, "compact": {"fewest": 2}},
     )
 
 
 def measure_gallery(args: argparse.Namespace, count: int, place: Path, watch: Watch) -> dict[str, dict[str, float]]:
     corpus = Corpus(place / "in", count)
-    by_times = build_config(place, full_listing_every=1000)
-    full = build_config(place, full_listing_every=1)
+    by_times = build_config(place, full_listing_every=1000, purge_days=args.purge_days)
+    full = build_config(place, full_listing_every=1, purge_days=args.purge_days)
     # Copies are looked for from the second night on: the first would compare everything with everything.
     first = replace(by_times, night=replace(by_times.night, dedup=False))
     print(f"\n{count} images, first night: {show(watch.run(first))}", flush=True)
@@ -244,6 +244,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--changes", type=int, default=1000)
     parser.add_argument("--folders", type=int, help="number of folders that the changes lie in; all by default")
+    parser.add_argument(
+        "--purge-days", type=float, default=0.0, help="night.purge_days: days that erased rows are hidden"
+    )
     parser.add_argument("--folder", help="where the files and galleries go; they are deleted again")
     parser.add_argument("--keep", action="store_true", help="keep them")
     parser.add_argument("--profile", action="store_true", help="print a profile of the last night")

@@ -6,10 +6,11 @@ Images are touched, missing, relabelled, replaced and erased.
 
 The table is as compaction leaves it: files of 50,000 rows in the order of uris, an image per row, thumbnails of 2,111 random
 bytes (the mean on LFW). Each step is made twice: with files spared, by marks and by deletion vectors, and with files written anew,
-as it was before. Erased rows are written anew in any case. Bytes are those of read and write calls of the process (/proc/self/io), so also those that the page cache answers.
+as it was before. Erasures are made both ways too: hidden at once and purged together, and written anew at once. Bytes are those of read and write calls of the process (/proc/self/io), so also those that the page cache answers.
 """
 
 import argparse
+import dataclasses
 import os
 import platform
 import resource
@@ -43,6 +44,7 @@ from facepipe.schema import FACES
 
 THUMB_BYTES = 2_111
 ROWS_PER_FILE = 50_000
+ERASURES = 3
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,14 @@ def erase(path: str, uris: list[str]) -> None:
     commit.commit_actions(lambda: list(rewrites.rewrite_files(Gallery(path), plan)), {})
 
 
+def hide(path: str, uris: list[str]) -> None:
+    """Delete rows as an erasure does that purges later."""
+    plan = rewrites.plan_rewrite_of_uris(uris, lambda rows, mask: rows.filter(pc.invert(mask)))
+    plan = dataclasses.replace(plan, deletes=True, defers=True, keeps=lambda rows: pa.array([False] * rows.num_rows))
+    commit = Committer(Gallery(path), f"run-{time.time_ns()}")
+    commit.commit_actions(lambda: list(rewrites.rewrite_files(Gallery(path), plan)), {})
+
+
 def purge(path: str) -> None:
     gallery = Gallery(path)
     commit = Committer(gallery, f"run-{time.time_ns()}")
@@ -192,7 +202,10 @@ def measure_share(path: str, share: float, *, with_anew: bool) -> None:
     relabel(path, uris)
     replace(path, others)
     measure("deleted rows purged", path, purge)
-    measure(f"{share:.1%} erased", path, erase, choose_uris(path, share, seed=99))
+    for night in range(ERASURES):
+        measure(f"{share:.1%} hidden, night {night + 1}", path, hide, choose_uris(path, share, seed=90 + night))
+    measure(f"the {ERASURES} nights of erasures purged", path, purge)
+    measure(f"{share:.1%} erased at once", path, erase, choose_uris(path, share, seed=99))
 
 
 def main() -> None:

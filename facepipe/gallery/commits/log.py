@@ -383,6 +383,21 @@ def find_last_equal_version(folder: str, version: int) -> int:
     return version
 
 
+def find_last_version_of_rows(folder: str, version: int) -> int:
+    """Find the newest version that has the same rows as a version, if in other files.
+
+    Args:
+        folder: path or URL of the table.
+        version: a version whose next entries are still there, if there are any.
+    """
+    for actions in read_entries(folder, version):
+        changes = [action.get("add") or action.get("remove") for action in actions]
+        if any(change and change.get("dataChange", True) for change in changes):
+            break
+        version += 1
+    return version
+
+
 def read_entries(folder: str, version: int) -> Iterator[list[JsonAction]]:
     """Read the entries after a version, up to the first that is not there.
 

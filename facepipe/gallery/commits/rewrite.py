@@ -113,6 +113,8 @@ class Rewrite:
             `marks.SCHEMA` that are concerned which of them `change` keeps.
         purges: Tells which deleted rows must not stay on disk, from rows of DELETED_COLUMNS. Their files are written
             anew.
+        defers: Whether such rows, and those that `change` deletes, may stay on disk for a while. Their files are noted
+            in the trace, so that somebody writes them anew later.
         deletes: Whether `change` deletes the rows concerned, and does nothing else. A file of which all rows go is then
             not read.
     """
@@ -126,6 +128,7 @@ class Rewrite:
     keeps: Callable[[pa.Table], pa.BooleanArray] | None = None
     purges: Callable[[pa.Table], pa.BooleanArray] | None = None
     deletes: bool = False
+    defers: bool = False
 
 
 @dataclass
@@ -136,11 +139,13 @@ class RewriteTrace:
         before: (name, digest or None) of the files that were removed.
         after: (name, digest or None) of the files that were added.
         rows: Number of rows deleted.
+        hidden: (name, digest or None) of the files that hold deleted rows which must not stay on disk for long.
     """
 
     before: list[tuple[str, str | None]] = field(default_factory=list)
     after: list[tuple[str, str | None]] = field(default_factory=list)
     rows: int = 0
+    hidden: list[tuple[str, str | None]] = field(default_factory=list)
 
 
 def rewrite_files(gallery: Gallery, rewrite: Rewrite, trace: RewriteTrace | None = None) -> Iterator[Action]:
@@ -155,6 +160,10 @@ def rewrite_files(gallery: Gallery, rewrite: Rewrite, trace: RewriteTrace | None
     spared: list[_SparedFile] = []
     for file in sorted(gallery.files(), key=lambda file: (file["min.uri"] or "", file["path"])):
         must_go = rewrite.purges is not None and _holds_deleted(gallery, file["path"], rewrite.purges)
+        if must_go and rewrite.defers:
+            must_go = False
+            if trace is not None:
+                trace.hidden.append((file["path"], parse_digest(file["path"])))
         if not (must_go or rewrite.may_match(file)):
             continue
         # Read the few columns of the test first; the whole file is read only if a row matches.
@@ -168,6 +177,8 @@ def rewrite_files(gallery: Gallery, rewrite: Rewrite, trace: RewriteTrace | None
             spared.append(plan)
     if spared and _is_worth_sparing(gallery, spared):
         yield from _spare_files(gallery, spared, rewrite)
+        if trace is not None:
+            _note_hidden(trace, spared)
         return
     for plan in spared:
         yield from _rewrite_file(gallery, plan.file["path"], plan.mask, rewrite, trace)
@@ -203,6 +214,15 @@ def _holds_deleted(gallery: Gallery, path: str, find: Callable[[pa.Table], pa.Bo
         return False
     rows = read_rows(gallery, path, DELETED_COLUMNS, with_deleted=True).take(pa.array(deleted))
     return bool(pc.any(find(rows)).as_py())
+
+
+def _note_hidden(trace: RewriteTrace, files: list[_SparedFile]) -> None:
+    """Note the files that hold rows which were deleted and come back nowhere."""
+    for file in files:
+        lost = len(file.deleted) - int(file.moved.sum())
+        trace.rows += lost
+        if lost:
+            trace.hidden.append((file.file["path"], parse_digest(file.file["path"])))
 
 
 def _is_worth_sparing(gallery: Gallery, files: list[_SparedFile]) -> bool:
