@@ -34,6 +34,7 @@ from facepipe.errors import GalleryError
 from facepipe.gallery.changes import ReadMark
 from facepipe.reports.html import write_report
 from facepipe.reports.parquet import write_rows, write_table
+from facepipe.storage.memory import release_freed_memory
 from pipelines.graph import GraphConfig, GraphRunConfig, OnProgress, open_graph, uses_ray
 from pipelines.runtime.run_record import PhaseTimer, record_calls
 from pipelines.runtime.steps import open_step_runner
@@ -151,6 +152,7 @@ def run(config: CleanConfig, gallery: str, progress: OnProgress = lambda line: N
                 run_tables=runner.run_tables,
             )
         phases.end("judge")
+        release_freed_memory()
         progress("writing")
         lists = _write_tables(graph, table, judgement, report.path, config.clean)
         write_report(build_clean_report(graph, table, judgement), os.path.join(report.path, "report.html"))

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from facepipe.errors import StorageError
 from facepipe.storage.error_text import describe_error
 
+_COPIED_ROWS = 1 << 16
 _MIN_FILE_BYTES = 1 << 20  # of an array that is worth a file
 
 
@@ -88,6 +89,20 @@ def make_temporary_array(dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.ND
     return np.frombuffer(mapped, dtype).reshape(shape)
 
 
+def copy_column(values: npt.NDArray[Any], rows: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+    """Copy numbers (n,), or those in some rows (m,), into a file without a name.
+
+    Raises:
+        StorageError: there is no room for them.
+    """
+    count = len(values) if rows is None else len(rows)
+    copy = make_temporary_array(values.dtype, (count,))
+    for at in range(0, count, _COPIED_ROWS):
+        block = slice(at, at + _COPIED_ROWS)
+        copy[block] = values[block] if rows is None else values[rows[block]]
+    return copy
+
+
 class TemporaryRows:
     """Rows of numbers in a file without a name, which takes room on the disk as rows are needed.
 
@@ -123,6 +138,33 @@ class TemporaryRows:
             _allocate(self._descriptor, rows * self._row_bytes)
         except OSError as error:
             raise _describe_missing_room(rows * self._row_bytes, error) from error
+
+
+class TemporaryColumn:
+    """Numbers that are appended to a column in a file without a name."""
+
+    def __init__(self, dtype: npt.DTypeLike, max_count: int):
+        """Take room for so many numbers.
+
+        Raises:
+            StorageError: there is none.
+        """
+        self._values = make_temporary_array(dtype, (max_count,))
+        self._count = 0
+
+    @property
+    def array(self) -> npt.NDArray[Any]:
+        """The numbers, (n,)."""
+        return self._values[: self._count]
+
+    def append(self, values: npt.NDArray[Any]) -> None:
+        """Append numbers (m,)."""
+        self._values[self._count : self._count + len(values)] = values
+        self._count += len(values)
+
+    def clear(self) -> None:
+        """Forget all numbers, and keep the room."""
+        self._count = 0
 
 
 def _describe_missing_room(size: int, error: OSError) -> StorageError:

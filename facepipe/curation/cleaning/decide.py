@@ -6,8 +6,9 @@ import numpy as np
 import numpy.typing as npt
 
 from facepipe.curation.cleaning.distributions import MIN_WEIGHT
-from facepipe.curation.cleaning.evidence import LabelCandidates
+from facepipe.curation.cleaning.evidence import FaceBlock, LabelCandidates
 from facepipe.curation.cleaning.model import LabelPosteriors
+from facepipe.storage.mapped import copy_column, make_temporary_array
 from facepipe.types import Bool, Float32, Int64
 
 KEEP = "keep"
@@ -84,7 +85,16 @@ class LabelVerdicts:
 
     def take(self, chosen: Int64) -> "LabelVerdicts":
         """Return the verdicts on the chosen faces, by position."""
-        return LabelVerdicts(**{item.name: getattr(self, item.name)[chosen] for item in fields(self)})
+        return LabelVerdicts(**{item.name: copy_column(getattr(self, item.name), chosen) for item in fields(self)})
+
+    @classmethod
+    def make(cls, face_count: int) -> "LabelVerdicts":
+        """Make room for verdicts on so many faces, in temporary files."""
+        dtypes = {"other": np.int64, "decision": np.int8, "reason": np.int8}
+        columns = {
+            item.name: make_temporary_array(dtypes.get(item.name, np.float32), (face_count,)) for item in fields(cls)
+        }
+        return cls(**columns)
 
     def is_decided(self, decision: str) -> Bool:
         """Mark the faces (n,) with this decision."""
@@ -114,35 +124,80 @@ def decide_labels(
         photo: number of the image of each face, (n,).
         prior: probability that the label is meant for this face at all, (n,).
     """
-    face_count = len(photo)
-    # Evidence for the label itself.
-    is_own = candidates.is_own
-    own_face = candidates.face[is_own]
-    noise = np.full(face_count, np.nan, np.float32)
-    noise[own_face] = 1 - posteriors.probability[is_own]
-    is_known = posteriors.weight[is_own] >= MIN_WEIGHT
-    own_similarity = np.full(face_count, np.nan, np.float32)
-    own_similarity[own_face] = np.where(is_known, posteriors.similarity[is_own], np.nan)
-    own_weight = np.full(face_count, np.nan, np.float32)
-    own_weight[own_face] = posteriors.weight[is_own]
-
-    # Evidence against it.
-    other, other_probability, other_similarity = _find_best_other(candidates, posteriors, face_count)
-    is_labelled = ~np.isnan(noise)
-    fit = 1 - noise
+    verdicts = LabelVerdicts.make(len(photo))
+    # Evidence for and against each label, some faces at a time.
+    for block in candidates.iterate_blocks(len(photo)):
+        _gather_evidence(verdicts, block, posteriors)
 
     # Of an image's faces the likeliest bears the label. If none of them seems to, the likeliest from the outset does.
-    bearer, image_noise = _find_bearers(candidates, noise, photo, prior)
-    is_bystander = is_labelled & (bearer != np.arange(face_count))
-    noise = np.where(is_bystander, np.maximum(noise, 1 - noise[bearer]), noise).astype(np.float32)
+    bystander, bearer = _find_bystanders(verdicts, candidates, photo, prior)
+    is_bystander = np.zeros(len(photo), bool)
+    is_bystander[bystander] = True
+    label_counts = _count_labels(candidates, is_bystander)
+    for block in candidates.iterate_blocks(len(photo)):
+        _decide_block(verdicts, block, posteriors, is_bystander[block.faces], label_counts)
+    verdicts.noise[bystander] = np.maximum(verdicts.noise[bystander], 1 - verdicts.noise[bearer])
+    return verdicts
+
+
+def _gather_evidence(verdicts: LabelVerdicts, block: FaceBlock, posteriors: LabelPosteriors) -> None:
+    """Fill in the evidence on the labels of a block of faces, each as if it were alone in its image."""
+    faces = block.faces
+    is_own = block.candidates.is_own
+    own_face = block.candidates.face[is_own]
+    noise = verdicts.noise[faces]
+    noise[:] = np.nan
+    noise[own_face] = 1 - posteriors.probability[block.pairs][is_own]
+    # The one face of an image is wrong with the same probability, but for rounding.
+    verdicts.image_noise[faces] = np.clip(1 - (1 - noise).astype(np.float64), 0, 1)
+    own_weight = verdicts.own_weight[faces]
+    own_weight[:] = np.nan
+    own_weight[own_face] = posteriors.weight[block.pairs][is_own]
+    own_similarity = verdicts.own_similarity[faces]
+    own_similarity[:] = np.nan
+    is_known = own_weight[own_face] >= MIN_WEIGHT
+    own_similarity[own_face] = np.where(is_known, posteriors.similarity[block.pairs][is_own], np.nan)
+    # Evidence against it.
+    other, probability, similarity = _find_best_other(
+        block.candidates,
+        posteriors.probability[block.pairs],
+        posteriors.similarity[block.pairs],
+        faces.stop - faces.start,
+    )
+    verdicts.other[faces] = other
+    verdicts.other_probability[faces] = probability
+    verdicts.other_similarity[faces] = similarity
+
+
+def _decide_block(
+    verdicts: LabelVerdicts, block: FaceBlock, posteriors: LabelPosteriors, is_bystander: Bool, label_counts: Int64
+) -> None:
+    """Decide on the labels of a block of faces.
+
+    Args:
+        verdicts: the evidence, which the decisions are added to.
+        block: b faces.
+        posteriors: what was estimated.
+        is_bystander: which of them are bystanders, (b,).
+        label_counts: number of images with each label, (k,).
+    """
+    faces = block.faces
+    noise = verdicts.noise[faces]
+    image_noise = verdicts.image_noise[faces]
+    other_probability = verdicts.other_probability[faces]
+    no_identity = posteriors.no_identity[faces]
+    is_labelled = ~np.isnan(noise)
     is_wrong = is_labelled & (image_noise > _WRONG)
-    is_moved = is_wrong & (other_probability >= posteriors.no_identity) & (other_probability > fit)
+    is_moved = is_wrong & (other_probability >= no_identity) & (other_probability > 1 - noise)
 
     # How sure the decision that follows is.
-    certainty_if_wrong = np.where(is_moved, other_probability, posteriors.no_identity)
+    certainty_if_wrong = np.where(is_moved, other_probability, no_identity)
     is_sure = np.where(is_wrong, certainty_if_wrong, 1 - image_noise) >= _SURE
-    is_only = _find_only_labels(candidates, is_bystander)
-    is_alone = is_labelled & ~is_moved & (np.nan_to_num(own_weight) < _WRONG) & (is_only | ~is_wrong)
+    # A label that no other image has.
+    own = block.candidates.is_own
+    is_only = np.zeros(len(noise), bool)
+    is_only[block.candidates.face[own]] = label_counts[block.candidates.identity[own]] == 1
+    is_alone = is_labelled & ~is_moved & (np.nan_to_num(verdicts.own_weight[faces]) < _WRONG) & (is_only | ~is_wrong)
 
     # The first case that holds decides.
     cases = [
@@ -158,17 +213,8 @@ def decide_labels(
     conditions = [condition for condition, _, _ in cases]
     decisions = [decision for _, decision, _ in cases]
     reasons = [reason for _, _, reason in cases]
-    return LabelVerdicts(
-        noise=noise,
-        image_noise=image_noise,
-        own_similarity=own_similarity,
-        own_weight=own_weight,
-        other=other,
-        other_similarity=other_similarity,
-        other_probability=other_probability,
-        decision=np.select(conditions, decisions, DECISIONS.index(KEEP)).astype(np.int8),
-        reason=np.select(conditions, reasons, FITS).astype(np.int8),
-    )
+    verdicts.decision[faces] = np.select(conditions, decisions, DECISIONS.index(KEEP))
+    verdicts.reason[faces] = np.select(conditions, reasons, FITS)
 
 
 def overrule_kept(verdicts: LabelVerdicts, chosen: Bool, decision: str, reason: int) -> LabelVerdicts:
@@ -207,52 +253,62 @@ def estimate_errors(verdicts: LabelVerdicts) -> float:
 
 
 def _find_best_other(
-    candidates: LabelCandidates, posteriors: LabelPosteriors, face_count: int
+    candidates: LabelCandidates, likely: Float32, similar: Float32, face_count: int
 ) -> tuple[Int64, Float32, Float32]:
-    """Find the most likely identity that is not the label's: identity (n,), probability (n,), similarity (n,)."""
+    """Find the most likely identity that is not the label's: identity (n,), probability (n,), similarity (n,).
+
+    Args:
+        candidates: m pairs of a face and an identity.
+        likely: probability of each, (m,).
+        similar: similarity of each, (m,).
+        face_count: number of faces n.
+    """
     identity = np.full(face_count, -1)
     probability = np.zeros(face_count, np.float32)
     similarity = np.full(face_count, np.nan, np.float32)
     others = np.flatnonzero(~candidates.is_own)
     # Sort by face, then by falling probability and similarity: the first of each face is the best.
-    keys = (-posteriors.similarity[others], -posteriors.probability[others], candidates.face[others])
-    order = others[np.lexsort(keys)]
+    order = others[np.lexsort((-similar[others], -likely[others], candidates.face[others]))]
     best = order[np.diff(candidates.face[order], prepend=-1) > 0]
     face = candidates.face[best]
     identity[face] = candidates.identity[best]
-    probability[face] = posteriors.probability[best]
-    similarity[face] = posteriors.similarity[best]
+    probability[face] = likely[best]
+    similarity[face] = similar[best]
     return identity, probability, similarity
 
 
-def _find_bearers(candidates: LabelCandidates, noise: Float32, photo: Int64, prior: Float32) -> tuple[Int64, Float32]:
-    """Find which face bears the label of each face's image.
+def _find_bystanders(
+    verdicts: LabelVerdicts, candidates: LabelCandidates, photo: Int64, prior: Float32
+) -> tuple[Int64, Int64]:
+    """Find which faces with the label of an image do not bear it, and set the noise of images with several faces.
 
     Returns:
-        The face that bears it (n,), and the probability (n,) that no face of the image does: NaN without a label.
+        The faces that do not bear their label (b,), and the face of the same image that does (b,).
     """
-    own = np.flatnonzero(candidates.is_own)
+    shares_photo = np.bincount(photo, minlength=len(photo))[photo] > 1
+    own = candidates.select(lambda block: block.candidates.is_own & shares_photo[block.faces][block.candidates.face])
     face = candidates.face[own]
     identity = candidates.identity[own]
     # Of one image and label, the face that probably fits comes first, else the one that the label was likely meant for.
-    doubt = np.where(noise[face] <= _WRONG, noise[face], 2 - prior[face])
+    noise = verdicts.noise[face]
+    doubt = np.where(noise <= _WRONG, noise, 2 - prior[face])
     order = np.lexsort((face, doubt, identity, photo[face]))
     face = face[order]
     is_first = (np.diff(photo[face], prepend=-1) != 0) | (np.diff(identity[order], prepend=-1) != 0)
     group = np.cumsum(is_first) - 1
-    bearer = np.arange(len(noise))
-    bearer[face] = face[is_first][group]
+    bearer = face[is_first][group]
     # At most one of them bears it, so that their probabilities add up.
-    fit = np.bincount(group, 1 - noise[face])
-    image_noise = np.full(len(noise), np.nan, np.float32)
-    image_noise[face] = np.clip(1 - fit, 0, 1)[group]
-    return bearer, image_noise
+    fit = np.bincount(group, 1 - noise[order])
+    verdicts.image_noise[face] = np.clip(1 - fit, 0, 1)[group]
+    is_bystander = bearer != face
+    return face[is_bystander], bearer[is_bystander]
 
 
-def _find_only_labels(candidates: LabelCandidates, is_bystander: Bool) -> Bool:
-    """Find the faces (n,) whose label no other image has."""
-    own = np.flatnonzero(candidates.is_own & ~is_bystander[candidates.face])
-    count = np.bincount(candidates.identity[own], minlength=candidates.identity_count)
-    is_only = np.zeros(len(is_bystander), bool)
-    is_only[candidates.face[own]] = count[candidates.identity[own]] == 1
-    return is_only
+def _count_labels(candidates: LabelCandidates, is_bystander: Bool) -> Int64:
+    """Count the images (k,) that have each label."""
+    counts = np.zeros(candidates.identity_count, np.int64)
+    for block in candidates.iterate_blocks(len(is_bystander)):
+        pairs = block.candidates
+        counted = pairs.is_own & ~is_bystander[block.faces][pairs.face]
+        np.add.at(counts, pairs.identity[counted], 1)
+    return counts

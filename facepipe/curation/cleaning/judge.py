@@ -32,6 +32,7 @@ from facepipe.curation.graph.components import find_components
 from facepipe.curation.space import COPY_LIMITS, find_space_scale
 from facepipe.decisions.persons import DecidedFaces
 from facepipe.gallery import Gallery
+from facepipe.storage.memory import release_freed_memory
 from facepipe.storage.partitions import RunTables, run_tables_here
 from facepipe.types import Bool, Float32, Float64, Int64
 
@@ -109,6 +110,10 @@ def judge_labels(
     photo, prior = _number_photos(gallery, graph, labels)
     prior = np.where(decisions.is_confirmed, np.float32(1), prior)
     faces = FaceVectors(graph.nodes.vectors, graph.density, photo)
+    # A user may look for copies farther apart; that two faces are certainly one is a matter of their space.
+    scale = find_space_scale(gallery)
+    same_picture = COPY_LIMITS["same_shot"] * scale
+    release_freed_memory()
     # Neighbours are the edges that are as similar as one person's.
     near = NearFaces(graph)
     copies = graph.representatives
@@ -120,14 +125,14 @@ def judge_labels(
     voting = np.where(is_voter, labels, -1)
     near_voters = NearVoters.make(near, copies, voter)
 
-    # A user may look for copies farther apart; that two faces are certainly one is a matter of their space.
     # Estimate how likely each label is right, starting from the largest part of each identity.
-    scale = find_space_scale(gallery)
-    same_picture = COPY_LIMITS["same_shot"] * scale
+    release_freed_memory()
     parts = split_identities(faces, voting, copies, near_voters, threshold, same_picture=same_picture)
     # Further persons of a name are estimated like identities of their own.
     persons = number_persons(faces, voting, parts, near_voters, name_count=len(names), threshold=threshold, seed=seed)
+    release_freed_memory()
     candidates = find_candidates(persons.person, near_voters)
+    release_freed_memory()
     person_decisions = replace(decisions, names=names.take(pa.array(persons.name)))
     candidates = person_decisions.settle(candidates, voter)
     is_first = parts.is_largest | (persons.person >= len(names))
@@ -152,6 +157,8 @@ def judge_labels(
         pictures=parts.pictures,
         is_further_person=persons.person >= len(names),
     )
+
+    release_freed_memory()
 
     # Decide, and overrule the decision to keep for unfit faces.
     verdicts = decide_labels(candidates, posteriors, photo, prior).take(voter)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -24,12 +23,15 @@ from facepipe.curation.cleaning.decide import (
     UNVERIFIED,
     LabelVerdicts,
 )
+from facepipe.curation.clusters.constraints import hash_uris
 from facepipe.curation.graph import GraphInfo
 from facepipe.curation.graph.nodes import Nodes
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
 from facepipe.schema import NO_FACE
 from facepipe.storage import describe_error
+from facepipe.storage.mapped import make_temporary_array
+from facepipe.storage.partitions import PartitionedTable, count_partitions, spread_keys
 from facepipe.text import protect_cell
 from facepipe.types import Bool, Float32, Int64
 
@@ -74,7 +76,9 @@ IMAGE_SCHEMA = pa.schema(
 _GALLERY_COLUMNS = ("face_id", "uri", "identity", "face_px", "sharpness", "det_score")
 _IMAGE_COLUMNS = ("face_id", "uri", "identity", "status")
 _LIST_COLUMNS = ("face_id", "uri", "identity", "decision", "reason", "suggested", "nearest_identity", "noise")
+_FACES_OF_IMAGES = pa.schema([("key", pa.uint64()), ("node", pa.int64())])
 _ROWS = 65536
+_LISTED_ROWS = 8192  # made into Python objects at a time
 _LINE_BREAKS = ("\n", "\r")
 
 
@@ -172,23 +176,28 @@ def build_image_rows(gallery: Gallery, nodes: Nodes, verdicts: LabelVerdicts, na
 
 def _find_image_bearers(gallery: Gallery, nodes: Nodes, verdicts: LabelVerdicts) -> tuple[Bool, Int64]:
     """Find the nodes (n,) that stand for their image, and the number of faces (n,) of each node's image."""
-    key = np.zeros(len(nodes), np.uint64)
+    # Faces of one image are in one partition. Hashes of the uris take less memory than they.
+    images = PartitionedTable(_FACES_OF_IMAGES, count_partitions(len(nodes)))
     for batch in gallery.batches(["face_id", "uri"], rows=_ROWS):
         faces = batch.filter(batch["face_id"].is_valid())
         at = nodes.find(faces["face_id"].to_numpy())
-        # Hashes take less memory than the uris.
-        hashes = pd.util.hash_array(faces["uri"].to_numpy(zero_copy_only=False))
-        key[at[at >= 0]] = hashes[at >= 0]
-    # Labelled faces come before others, bearers of a label before bystanders, and likely ones before unlikely ones.
-    noise = np.nan_to_num(verdicts.noise, nan=1.0)
-    order = np.lexsort((np.arange(len(key)), noise, ~verdicts.is_counted, verdicts.decision < 0, key))
-    is_first = np.ones(len(order), bool)
-    is_first[1:] = key[order[1:]] != key[order[:-1]]
-    group = np.cumsum(is_first) - 1
-    bearer = np.zeros(len(key), bool)
-    bearer[order[is_first]] = True
-    face_count = np.empty(len(key), np.int64)
-    face_count[order] = np.bincount(group)[group]
+        keys = hash_uris(faces["uri"])[at >= 0]
+        rows = pa.table([keys, at[at >= 0]], schema=_FACES_OF_IMAGES)
+        images.append(rows, spread_keys(keys, images.count))
+    bearer = np.zeros(len(nodes), bool)
+    face_count = make_temporary_array(np.int64, (len(nodes),))
+    for table in images:
+        key = table["key"].to_numpy()
+        node = table["node"].to_numpy()
+        # Labelled faces come before others, bearers of a label before bystanders, and likely ones before unlikely ones.
+        own = verdicts.take(node)
+        noise = np.nan_to_num(own.noise, nan=1.0)
+        order = np.lexsort((node, noise, ~own.is_counted, own.decision < 0, key))
+        is_first = np.ones(len(order), bool)
+        is_first[1:] = key[order[1:]] != key[order[:-1]]
+        group = np.cumsum(is_first) - 1
+        bearer[node[order[is_first]]] = True
+        face_count[node[order]] = np.bincount(group)[group]
     return bearer, face_count
 
 
@@ -273,7 +282,7 @@ def write_lists(folder: str, *, relabels: bool, unverified: bool = True) -> List
         listed.add(RELABEL)
     try:
         with _ListFiles(folder) as files:
-            for batch in source.iter_batches(_ROWS, columns=list(_LIST_COLUMNS)):
+            for batch in source.iter_batches(_LISTED_ROWS, columns=list(_LIST_COLUMNS)):
                 for row in batch.to_pylist():
                     _write_row(row, files, numbers, summary, listed)
         with open(os.path.join(folder, "labels.csv"), "w", newline="", encoding="utf-8") as file:

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from facepipe.curation.cleaning.distributions import MIN_WEIGHT, Normal, fit_distributions, fit_normal
-from facepipe.curation.cleaning.evidence import FaceVectors, IdentityCentres, LabelCandidates
+from facepipe.curation.cleaning.distributions import MIN_WEIGHT, Normal, add_to_bins, fit_distributions, fit_normal
+from facepipe.curation.cleaning.evidence import FaceBlock, FaceVectors, IdentityCentres, LabelCandidates
 from facepipe.curation.cleaning.strangers import NearStrangers, StrangerPairs, StrangerTail
-from facepipe.types import Bool, Float32, Float64, Int64
+from facepipe.storage.mapped import TemporaryColumn, copy_column, make_temporary_array
+from facepipe.types import Bool, Float32, Float64, Int8, Int64
 
 _MIN_RIGHT = 8.0  # right labels below which it is not estimated how many have no neighbour
 _TWO_FACES = 1.5  # an identity that rests on less has one face
@@ -36,6 +37,7 @@ _CLAIMED = 0.5  # probability of other identities above which a face is left out
 _SURE = 0.8  # probability from which a part bears the name without a person's look
 _OPEN = 0.01
 _LOG_ODDS_ONE_PERSON = 2.0  # that two parts of an identity are one person, before they are compared
+_ROWS = 1 << 16  # candidates that are handled at a time
 _LOG_ROOT = np.float32(0.5 * np.log(2 * np.pi))  # the constant of a normal log density
 
 
@@ -119,50 +121,56 @@ def estimate_label_posteriors(
     # Pairs of strangers show how similar faces are to identities that are not theirs.
     strangers = StrangerPairs.sample(candidates, seed)
     no_share = np.zeros(len(strangers.face), np.float32)
-    probability, _ = candidates.settle(start.astype(np.float32), np.zeros(len(prior), np.float32))
+    current = _Probabilities.start(candidates, start, len(prior))
     # The probabilities of an earlier estimation tell from the first round which candidates are strangers.
     trusted_from = _TRUSTED_ROUNDS if rates is None else 0
     rates = rates or NoiseRates.start(candidates, len(prior))
     rounds: list[EstimationRound] = []
-    step = np.ones(len(probability), np.float32)
-    last_move = np.zeros(len(probability), np.float32)
     for n in range(max_rounds):
         # Maximisation: centres and distributions from the current probabilities.
-        labelled = np.where(candidates.is_own, probability, np.float32(0))
+        labelled = candidates.keep_labels(current.probability, current.labelled)
         centres = IdentityCentres.from_shares(faces, candidates, labelled)
         similarity, weight = centres.compute_fit(faces, candidates.face, candidates.identity, labelled)
         stranger_similarity, stranger_weight = centres.compute_fit(faces, strangers.face, strangers.identity, no_share)
-        is_stranger = strangers.compute_share(probability, is_known=n >= trusted_from)
+        is_stranger = strangers.compute_share(current.probability, is_known=n >= trusted_from)
         stranger_normal = fit_normal(stranger_similarity, stranger_weight, is_stranger)
-        genuine, impostor = fit_distributions(fit_normal(similarity, weight, probability), stranger_normal, threshold)
+        genuine, impostor = fit_distributions(
+            fit_normal(similarity, weight, current.probability), stranger_normal, threshold
+        )
         tail = None
         if stranger_normal is impostor:
             has_rest = (stranger_weight >= MIN_WEIGHT) & (is_stranger > 0)
             tail = StrangerTail.fit(
                 stranger_similarity[has_rest], stranger_weight[has_rest], impostor, is_stranger[has_rest]
             )
-        # Expectation: new probabilities.
-        reach = None if spread is None else spread[candidates.face]
-        ratio = compute_log_ratio(genuine, impostor, similarity, weight, tail, reach)
+        measured = None
         if tail is not None and n >= trusted_from:
-            near = NearStrangers.count(candidates, probability, similarity, weight, impostor, threshold)
-            ratio = _weigh_alone(candidates, ratio, similarity, weight, genuine, impostor, tail, near, reach)
-        before = probability
-        probability, no_identity = _compute_posteriors(candidates, ratio, weight, prior, rates)
-        if n >= _UNDAMPED_ROUNDS:
-            # Two faces may pull each other's identities to and fro. What turns back moves half as far each time.
-            move = probability - before
-            step[move * last_move < 0] /= 2
-            last_move = move
-            probability = before + step * move
-        rates = rates.update(candidates, probability, no_identity, weight, prior)
-        change = float(np.abs(probability - before).max(initial=0))
+            near = NearStrangers.count(
+                candidates, current.probability, similarity, weight, impostor, threshold, face_count=len(prior)
+            )
+            measured = None if near is None else StrangerTail(near.continue_tail(tail.log_density))
+        # Expectation: new probabilities, some faces at a time.
+        change = 0.0
+        for block in candidates.iterate_blocks(len(prior)):
+            pairs = block.pairs
+            reach = None if spread is None else spread[block.faces][block.candidates.face]
+            fit = similarity[pairs]
+            rest = weight[pairs]
+            ratio = compute_log_ratio(genuine, impostor, fit, rest, tail, reach)
+            if measured is not None:
+                ratio = _weigh_alone(block.candidates, ratio, fit, rest, genuine, impostor, measured, reach)
+            probability, no_identity = _compute_posteriors(
+                block.candidates, ratio, rest, prior[block.faces], rates.select(block.faces), candidates.label_counts
+            )
+            moved = current.move(block, probability, no_identity, is_damped=n >= _UNDAMPED_ROUNDS)
+            change = max(change, moved)
+        rates = rates.update(candidates, current.probability, current.no_identity, weight, prior)
         rounds.append(EstimationRound(rates.overall_swapped, rates.overall_unknown, change))
         if change < _SETTLED_CHANGE:
             break
     return LabelPosteriors(
-        probability=probability,
-        no_identity=no_identity,
+        probability=current.probability,
+        no_identity=current.no_identity,
         similarity=similarity,
         weight=weight,
         genuine=genuine,
@@ -173,6 +181,55 @@ def estimate_label_posteriors(
         tail=tail,
         rates=rates,
     )
+
+
+@dataclass(frozen=True)
+class _Probabilities:
+    """Probabilities of n faces and m candidates, and how they move from round to round. They lie in temporary files.
+
+    Attributes:
+        probability: Probability that the face belongs to the identity, (m,).
+        no_identity: Probability that the face belongs to none of its candidates, (n,).
+        labelled: Room for the probabilities of the labels, (m,).
+        step: By what share of a move each probability is changed, (m,).
+        last_move: The last moves, (m,).
+    """
+
+    probability: Float32
+    no_identity: Float32
+    labelled: Float32
+    step: Float32
+    last_move: Float32
+
+    @classmethod
+    def start(cls, candidates: LabelCandidates, start: Float32, face_count: int) -> "_Probabilities":
+        """Start with probabilities (m,)."""
+        columns = [make_temporary_array(np.float32, (len(start),)) for _ in range(4)]
+        no_identity = make_temporary_array(np.float32, (face_count,))
+        current = cls(columns[0], no_identity, *columns[1:])
+        for block in candidates.iterate_blocks(face_count):
+            part = start[block.pairs].astype(np.float32)
+            current.probability[block.pairs], _ = block.candidates.settle(part, no_identity[block.faces])
+        current.step[:] = 1
+        return current
+
+    def move(self, block: FaceBlock, probability: Float32, no_identity: Float32, *, is_damped: bool) -> float:
+        """Move to new probabilities of a block, and return the largest change of a candidate's.
+
+        Two faces may pull each other's identities to and fro. With damping, what turns back moves half as far each
+        time.
+        """
+        pairs = block.pairs
+        before = self.probability[pairs].copy()
+        if is_damped:
+            move = probability - before
+            step = self.step[pairs]
+            step[move * self.last_move[pairs] < 0] /= 2
+            self.last_move[pairs] = move
+            probability = before + step * move
+        self.probability[pairs] = probability
+        self.no_identity[block.faces] = no_identity
+        return float(np.abs(probability - before).max(initial=0))
 
 
 @dataclass(frozen=True)
@@ -191,7 +248,7 @@ class NoiseRates:
         missed: Share of faces that have no neighbour in their own identity, so that it is no candidate.
     """
 
-    size_class: Int64
+    size_class: Int8
     swapped: Float64
     unknown: Float64
     overall_swapped: float
@@ -201,10 +258,11 @@ class NoiseRates:
     @classmethod
     def start(cls, candidates: LabelCandidates, face_count: int) -> "NoiseRates":
         """Return the rates before anything is known."""
-        own = candidates.is_own
-        size = np.bincount(candidates.identity[own], minlength=candidates.identity_count)
-        size_class = np.zeros(face_count, np.int64)
-        size_class[candidates.face[own]] = np.log2(np.maximum(1, size))[candidates.identity[own]]
+        class_of_identity = np.log2(np.maximum(1, candidates.label_counts)).astype(np.int8)
+        size_class = np.zeros(face_count, np.int8)
+        for block in candidates.iterate_blocks(face_count):
+            own = block.candidates.is_own
+            size_class[block.faces][block.candidates.face[own]] = class_of_identity[block.candidates.identity[own]]
         class_count = int(size_class.max(initial=0)) + 1
         return cls(
             size_class=size_class,
@@ -232,54 +290,80 @@ class NoiseRates:
             weight: number of faces that each candidate's similarity rests on, (m,).
             prior: probability that the label is meant for this face at all, (n,).
         """
-        own = np.flatnonzero(candidates.is_own)
         # There is evidence on labels whose identity has other faces.
-        judged = own[weight[own] >= MIN_WEIGHT]
-        if not len(judged):
-            judged = own
+        own = candidates.own
+        with_rest = TemporaryColumn(np.int64, len(own))
+        for at in range(0, len(own), _ROWS):
+            pairs = own[at : at + _ROWS]
+            with_rest.append(pairs[weight[pairs] >= MIN_WEIGHT])
+        judged = with_rest.array if len(with_rest.array) else own
         if not len(judged):
             return self
-        face = candidates.face[judged]
-        correct = probability[judged].astype(np.float64)
-        # Who fits no candidate is nobody's, or of an identity that is none.
-        classes = self.size_class[face]
-        share = self.unknown[classes] / (self.unknown[classes] + self.swapped[classes] * self.missed)
-        nobody = (no_identity[face] - (1.0 - prior[face])) * share
-        swapped = prior[face] - correct - nobody
-        overall_unknown = float(np.clip(nobody.mean(), _MIN_RATE, 0.5))
-        overall_swapped = float(np.clip(swapped.mean(), _MIN_RATE, 0.9))
-        # Faces of a class, and of all classes as if they were some faces more.
         class_count = len(self.swapped)
-        mass = np.bincount(classes, minlength=class_count)
-        by_class = np.bincount(classes, nobody, class_count) + _RATE_MASS * overall_unknown
+        all_nobody = TemporaryColumn(np.float64, len(judged))
+        all_swapped = TemporaryColumn(np.float64, len(judged))
+        nobody_by_class = np.zeros(class_count)
+        swapped_by_class = np.zeros(class_count)
+        mass = np.zeros(class_count, np.int64)
+        for at in range(0, len(judged), _ROWS):
+            pairs = judged[at : at + _ROWS]
+            face = candidates.face[pairs]
+            correct = probability[pairs].astype(np.float64)
+            # Who fits no candidate is nobody's, or of an identity that is none.
+            classes = self.size_class[face]
+            share = self.unknown[classes] / (self.unknown[classes] + self.swapped[classes] * self.missed)
+            nobody = (no_identity[face] - (1.0 - prior[face])) * share
+            swapped = prior[face] - correct - nobody
+            all_nobody.append(nobody)
+            all_swapped.append(swapped)
+            nobody_by_class = add_to_bins(nobody_by_class, classes, nobody)
+            swapped_by_class = add_to_bins(swapped_by_class, classes, swapped)
+            mass += np.bincount(classes, minlength=class_count)
+        overall_unknown = float(np.clip(all_nobody.array.mean(), _MIN_RATE, 0.5))
+        overall_swapped = float(np.clip(all_swapped.array.mean(), _MIN_RATE, 0.9))
+        # Faces of a class, and of all classes as if they were some faces more.
+        by_class = nobody_by_class + _RATE_MASS * overall_unknown
         unknown = np.clip(by_class / (mass + _RATE_MASS), _MIN_RATE, 0.5)
-        by_class = np.bincount(classes, swapped, class_count) + _RATE_MASS * overall_swapped
-        swapped_by_class = np.clip(by_class / (mass + _RATE_MASS), _MIN_RATE, 0.9)
+        by_class = swapped_by_class + _RATE_MASS * overall_swapped
+        swapped_rates = np.clip(by_class / (mass + _RATE_MASS), _MIN_RATE, 0.9)
         # Of labels that one face has, those are known to be swapped that fit another identity.
-        alone = own[self.size_class[candidates.face[own]] == 0]
-        elsewhere = 1.0 - probability[alone] - no_identity[candidates.face[alone]]
+        elsewhere = TemporaryColumn(np.float32, len(own))
+        for at in range(0, len(own), _ROWS):
+            pairs = own[at : at + _ROWS]
+            alone = pairs[self.size_class[candidates.face[pairs]] == 0]
+            elsewhere.append(1.0 - probability[alone] - no_identity[candidates.face[alone]])
         unknown[0] = overall_unknown
-        rate = (elsewhere.sum() + _RATE_MASS * overall_swapped) / (len(alone) + _RATE_MASS)
-        swapped_by_class[0] = np.clip(rate, _MIN_RATE, 0.9)
+        rate = (elsewhere.array.sum() + _RATE_MASS * overall_swapped) / (len(elsewhere.array) + _RATE_MASS)
+        swapped_rates[0] = np.clip(rate, _MIN_RATE, 0.9)
         return replace(
             self,
-            swapped=swapped_by_class,
+            swapped=swapped_rates,
             unknown=unknown,
             overall_swapped=overall_swapped,
             overall_unknown=overall_unknown,
             missed=_estimate_missed(candidates, probability, weight),
         )
 
+    def select(self, faces: slice) -> "NoiseRates":
+        """Return the rates of some faces that follow each other."""
+        return replace(self, size_class=self.size_class[faces])
+
 
 def _estimate_missed(candidates: LabelCandidates, probability: Float32, weight: Float32) -> float:
     """Estimate the share of faces without a neighbour in their own identity, from right labels."""
     if candidates.is_near is None:
         return 0.0
-    solid = candidates.is_own & (weight >= 1)
-    right = probability[solid].astype(np.float64)
-    if right.sum() < _MIN_RIGHT:
+    right = TemporaryColumn(np.float64, len(candidates.own))
+    missed = TemporaryColumn(np.float64, len(candidates.own))
+    for at in range(0, len(candidates.own), _ROWS):
+        pairs = candidates.own[at : at + _ROWS]
+        solid = pairs[weight[pairs] >= 1]
+        right.append(probability[solid])
+        missed.append(probability[solid[~candidates.is_near[solid]]])
+    total = right.array.sum()
+    if total < _MIN_RIGHT:
         return 0.0
-    return float(right[~candidates.is_near[solid]].sum() / right.sum())
+    return float(missed.array.sum() / total)
 
 
 def compute_log_ratio(
@@ -331,7 +415,6 @@ def _weigh_alone(
     genuine: Normal,
     impostor: Normal,
     tail: StrangerTail,
-    near: NearStrangers | None,
     reach: Float32 | None,
 ) -> Float32:
     """Weigh the candidates of faces whose own label nothing can be compared with by how near strangers are.
@@ -343,16 +426,13 @@ def _weigh_alone(
     Returns:
         The log likelihood ratios (m,).
     """
-    if near is None:
-        return ratio
     own = np.flatnonzero(candidates.is_own & (weight < MIN_WEIGHT))
     is_alone = np.zeros(int(candidates.face.max(initial=-1)) + 1, bool)
     is_alone[candidates.face[own]] = True
     at = np.flatnonzero(is_alone[candidates.face] & ~candidates.is_own)
-    measured = StrangerTail(near.continue_tail(tail.log_density))
     weighed = ratio.copy()
     spread = None if reach is None else reach[at]
-    weighed[at] = compute_log_ratio(genuine, impostor, similarity[at], weight[at], measured, spread)
+    weighed[at] = compute_log_ratio(genuine, impostor, similarity[at], weight[at], tail, spread)
     return weighed
 
 
@@ -384,22 +464,21 @@ def weigh_names(
         pictures: number of pictures of the face's part, (n,). By default each face is a picture of its own.
         is_further_person: whether the face's part is a further person of the name, (n,). By default none is.
     """
-    own = np.flatnonzero(candidates.is_own)
-    face = candidates.face[own]
-    identity = candidates.identity[own]
+    # All labels, whose columns lie in temporary files.
+    own = candidates.own
+    labels = candidates.take(own)
     claimed = _sum_others(candidates, posteriors, len(part))
     # Sums of the two largest parts, without faces that another identity claims.
-    is_unclaimed = (claimed[face] < _CLAIMED) & (prior[face] == 1)
-    first = _sum_part(faces, face, identity, (part[face] == 0) & is_unclaimed, candidates.identity_count)
-    second = _sum_part(faces, face, identity, (part[face] == 1) & is_unclaimed, candidates.identity_count)
-    first_pictures = _limit_pictures(first, identity, face, part == 0, pictures)
-    second_pictures = _limit_pictures(second, identity, face, part == 1, pictures)
+    first = IdentityCentres.from_shares(faces, labels, _choose_part(labels, part, 0, claimed, prior))
+    second = IdentityCentres.from_shares(faces, labels, _choose_part(labels, part, 1, claimed, prior))
+    first_pictures = _limit_pictures(first, labels, part, 0, pictures)
+    second_pictures = _limit_pictures(second, labels, part, 1, pictures)
     is_pair = (first_pictures == 1) & (second_pictures == 1)
     is_open = is_pair | ((second.weight >= 2) & (first.weight >= 1))
     if not is_open.any():
         return posteriors
     # How likely the parts are two persons, by the distributions of faces inside parts and of strangers.
-    genuine, impostor = _fit_parts(faces, candidates, part, posteriors, threshold)
+    genuine, impostor = _fit_parts(faces, labels, part, posteriors, threshold)
     at = np.flatnonzero(is_open)
     size = np.stack([first.weight[at], second.weight[at]])
     product = np.einsum("nd,nd->n", first.sums[at], second.sums[at]) / (size[0] * size[1])
@@ -408,6 +487,12 @@ def weigh_names(
     ratio = compute_log_ratio(genuine, impostor, similarity.astype(np.float32), weight.astype(np.float32))
     apart = np.zeros(candidates.identity_count)
     apart[at] = 1 / (1 + np.exp(ratio.astype(np.float64) + _LOG_ODDS_ONE_PERSON))
+    # From here on only the labels of these identities count.
+    chosen = labels.select(lambda block: is_open[block.candidates.identity])
+    own = own[chosen]
+    face = labels.face[chosen]
+    identity = labels.identity[chosen]
+    is_unclaimed = (claimed[face] < _CLAIMED) & (prior[face] == 1)
     # Persons beyond the second one of a name may bear it too.
     is_third = np.zeros(len(part), bool) if is_further_person is None else is_further_person & (part > 1)
     is_third_own = is_third[face] & is_unclaimed
@@ -419,15 +504,14 @@ def weigh_names(
     bears_second = np.zeros(candidates.identity_count)
     bears_second[at] = squares[1] / total
     # If the parts are one person, what was estimated holds, and a face of either part bears the name.
-    probability = posteriors.probability.astype(np.float64)
-    no_identity = posteriors.no_identity.astype(np.float64)
+    before = posteriors.probability[own].astype(np.float64)
     is_first = part[face] == 0
-    is_weighed = is_open[identity] & ((part[face] == 0) | (part[face] == 1)) & (prior[face] == 1)
+    is_weighed = ((part[face] == 0) | (part[face] == 1)) & (prior[face] == 1)
     share = np.where(is_first, bears[identity], bears_second[identity]) * (1 - claimed[face])
-    if_one = np.where(is_pair[identity], 1 - claimed[face], probability[own])
+    if_one = np.where(is_pair[identity], 1 - claimed[face], before)
     weighed = (1 - apart[identity]) * if_one + apart[identity] * share
     # A face of a further part that fits the person of the nearer part is as doubtful as they.
-    is_further = is_open[identity] & (part[face] > 1) & (prior[face] == 1)
+    is_further = (part[face] > 1) & (prior[face] == 1)
     is_near_first, ratio = _compare_parts(faces, face, identity, first, second, genuine=genuine, impostor=impostor)
     fits = 1 / (1 + np.exp(-ratio.astype(np.float64) - _LOG_ODDS_ONE_PERSON))
     share = np.where(is_near_first, bears[identity], bears_second[identity]) * (1 - claimed[face]) * fits
@@ -436,22 +520,24 @@ def weigh_names(
     total_of = np.ones(candidates.identity_count)
     total_of[at] = total
     share = np.where(is_third[face], own_square / total_of[identity] * (1 - claimed[face]), share)
-    further = (1 - apart[identity]) * probability[own] + apart[identity] * share
+    further = (1 - apart[identity]) * before + apart[identity] * share
     # Whoever finds out which part bears the name looks at the other faces too.
     is_undecided = (apart[identity] > _CLAIMED) & (bears[identity] < _SURE) & (claimed[face] < _CLAIMED)
     further = np.where(is_undecided, np.maximum(further, 1 - _SURE + _OPEN), further)
     weighed = np.where(is_further, further, weighed)
     is_weighed |= is_further
-    probability[own] = np.where(is_weighed, weighed, probability[own])
+    probability = copy_column(posteriors.probability)
+    no_identity = copy_column(posteriors.no_identity)
+    probability[own] = np.where(is_weighed, weighed, before)
     no_identity[face] = np.where(is_weighed, np.maximum(0, 1 - claimed[face] - weighed), no_identity[face])
     # Each face of a pair rests on the other one, whatever their probabilities.
-    rest = posteriors.weight.copy()
+    rest = copy_column(posteriors.weight)
     rest[own] = np.where(is_pair[identity], 1, rest[own])
     between = np.zeros(candidates.identity_count, np.float32)
     between[at] = similarity
-    to_rest = posteriors.similarity.copy()
+    to_rest = copy_column(posteriors.similarity)
     to_rest[own] = np.where(is_pair[identity], between[identity], to_rest[own])
-    settled, nobody = candidates.settle(probability.astype(np.float32), no_identity.astype(np.float32))
+    settled, nobody = candidates.settle(probability, no_identity)
     return replace(
         posteriors,
         probability=settled,
@@ -461,16 +547,28 @@ def weigh_names(
     )
 
 
+def _choose_part(labels: LabelCandidates, part: Int64, number: int, claimed: Float64, prior: Float32) -> Float32:
+    """Choose the labels of faces of a part that no other identity claims: 1 for these, else 0, (l,)."""
+    share = make_temporary_array(np.float32, (len(labels),))
+    for at in range(0, len(labels), _ROWS):
+        face = labels.face[at : at + _ROWS]
+        share[at : at + _ROWS] = (part[face] == number) & (claimed[face] < _CLAIMED) & (prior[face] == 1)
+    return share
+
+
 def _limit_pictures(
-    sums: IdentityCentres, identity: Int64, face: Int64, is_part: Bool, pictures: Int64 | None
+    sums: IdentityCentres, labels: LabelCandidates, part: Int64, number: int, pictures: Int64 | None
 ) -> Float64:
     """Count the pictures (k,) of a part of each identity: at most as many as there are faces in its sums."""
     count = sums.weight.astype(np.float64)
     if pictures is None:
         return count
     known = np.zeros(len(count))
-    chosen = is_part[face]
-    known[identity[chosen]] = pictures[face[chosen]]
+    for at in range(0, len(labels), _ROWS):
+        face = labels.face[at : at + _ROWS]
+        identity = labels.identity[at : at + _ROWS]
+        chosen = part[face] == number
+        known[identity[chosen]] = pictures[face[chosen]]
     return np.minimum(count, known)
 
 
@@ -522,30 +620,35 @@ def _compare_parts(
 
 def _sum_others(candidates: LabelCandidates, posteriors: LabelPosteriors, count: int) -> Float64:
     """Sum the probabilities (n,) that a face belongs to another identity than its label's."""
-    others = ~candidates.is_own
-    sums = np.bincount(candidates.face[others], posteriors.probability[others], count)
-    return np.asarray(sums, np.float64)
-
-
-def _sum_part(faces: FaceVectors, face: Int64, identity: Int64, chosen: Bool, identity_count: int) -> IdentityCentres:
-    """Sum the chosen faces of each identity."""
-    pairs = LabelCandidates(face, identity, np.ones(len(face), bool), identity_count)
-    return IdentityCentres.from_shares(faces, pairs, chosen.astype(np.float32))
+    sums = make_temporary_array(np.float64, (count,))
+    for block in candidates.iterate_blocks(count):
+        others = ~block.candidates.is_own
+        probability = posteriors.probability[block.pairs][others]
+        sums[block.faces] = np.bincount(
+            block.candidates.face[others], probability, block.faces.stop - block.faces.start
+        )
+    return sums
 
 
 def _fit_parts(
-    faces: FaceVectors, candidates: LabelCandidates, part: Int64, posteriors: LabelPosteriors, threshold: float
+    faces: FaceVectors, labels: LabelCandidates, part: Int64, posteriors: LabelPosteriors, threshold: float
 ) -> tuple[Normal, Normal]:
     """Fit the distribution of faces to the rest of their part, which no second person widens, and take strangers'."""
-    is_core = candidates.is_own & (part[candidates.face] == 0)
-    share = is_core.astype(np.float32)
-    centres = IdentityCentres.from_shares(faces, candidates, share)
-    similarity, weight = centres.compute_fit(faces, candidates.face, candidates.identity, share)
+    share = make_temporary_array(np.float32, (len(labels),))
+    for at in range(0, len(labels), _ROWS):
+        share[at : at + _ROWS] = part[labels.face[at : at + _ROWS]] == 0
+    centres = IdentityCentres.from_shares(faces, labels, share)
+    similarity, weight = centres.compute_fit(faces, labels.face, labels.identity, share)
     return fit_distributions(fit_normal(similarity, weight, share), posteriors.impostor, threshold)
 
 
 def _compute_posteriors(
-    candidates: LabelCandidates, ratio: Float32, weight: Float32, prior: Float32, rates: NoiseRates
+    candidates: LabelCandidates,
+    ratio: Float32,
+    weight: Float32,
+    prior: Float32,
+    rates: NoiseRates,
+    label_counts: Int64,
 ) -> tuple[Float32, Float32]:
     """Compute the probability of each candidate (m,), and of belonging to none of them (n,)."""
     face = candidates.face
@@ -554,8 +657,7 @@ def _compute_posteriors(
     correct = 1 - swapped - unknown
     # A face with a wrong label is anybody's, and of those more often who have many faces.
     own = candidates.is_own
-    size = np.bincount(candidates.identity[own], minlength=candidates.identity_count)
-    other = swapped[face] * size[candidates.identity] / max(1, own.sum() - 1)
+    other = swapped[face] * label_counts[candidates.identity] / max(1, label_counts.sum() - 1)
     # Prior times likelihood for each candidate, and for no identity; then divide by the sum per face.
     likelihood = np.where(own, (correct * prior)[face], other) * np.exp(ratio.astype(np.float64))
     # Of two labels of a face each that are one person's, either may be the wrong one.

@@ -20,6 +20,7 @@ from facepipe.curation.cleaning.model import (
     estimate_label_posteriors,
 )
 from facepipe.nearest.faiss_engine import faiss
+from facepipe.storage.mapped import TemporaryColumn, make_temporary_array
 from facepipe.types import Bool, Float32, Int64
 
 _DOUBTFUL = 0.9  # probability of the own identity below which a face is compared with all identities
@@ -67,27 +68,29 @@ class IdentityMeans:
             candidates: m pairs of a face and an identity.
             probability: probability of each candidate, (m,).
         """
-        share = np.where(candidates.is_own, probability, np.float32(0))
-        centres = IdentityCentres.from_shares(faces, candidates, share)
+        centres = IdentityCentres.from_shares(faces, candidates, candidates.keep_labels(probability))
         identity = np.flatnonzero(centres.weight >= MIN_WEIGHT)
         weight = centres.weight[identity]
-        sums = np.concatenate([centres.sums[identity], -centres.crowd[identity, None] / 2], axis=1)
-        size = np.bincount(candidates.identity[candidates.is_own], minlength=candidates.identity_count)
-        return cls(identity, np.ascontiguousarray(sums / weight[:, None]), weight, size[identity])
+        vectors = make_temporary_array(np.float32, (len(identity), centres.sums.shape[1] + 1))
+        for at in range(0, len(identity), _ROWS):
+            block = slice(at, at + _ROWS)
+            rows = identity[block]
+            sums = np.concatenate([centres.sums[rows], -centres.crowd[rows, None] / 2], axis=1)
+            vectors[block] = sums / weight[block, None]
+        return cls(identity, vectors, weight, candidates.label_counts[identity])
 
     def build_search(self, queries: int) -> Any:
-        """Build what finds the nearest means of so many queries: all of them are compared, or those of some cells."""
+        """Build what finds the nearest means of so many queries among those of some cells; None if all are compared."""
         dimension = self.vectors.shape[1]
         if queries * len(self.vectors) <= _MAX_PRODUCTS:
-            search = faiss.IndexFlatIP(dimension)
-        else:
-            cells = int(4 * np.sqrt(len(self.vectors)))
-            search = faiss.IndexIVFFlat(faiss.IndexFlatIP(dimension), dimension, cells, faiss.METRIC_INNER_PRODUCT)
-            # By inner products long centres would draw all means.
-            search.cp.spherical = True
-            search.cp.seed = _SEED
-            search.nprobe = _VISITED_CELLS
-            search.train(self.vectors)
+            return None
+        cells = int(4 * np.sqrt(len(self.vectors)))
+        search = faiss.IndexIVFFlat(faiss.IndexFlatIP(dimension), dimension, cells, faiss.METRIC_INNER_PRODUCT)
+        # By inner products long centres would draw all means.
+        search.cp.spherical = True
+        search.cp.seed = _SEED
+        search.nprobe = _VISITED_CELLS
+        search.train(self.vectors)
         search.add(self.vectors)
         return search
 
@@ -99,7 +102,12 @@ class IdentityMeans:
         """
         vectors = faces.vectors[face]
         queries = np.concatenate([vectors, np.ones((len(face), 1), np.float32)], axis=1)
-        product, nearest = search.search(np.ascontiguousarray(queries), count)
+        queries = np.ascontiguousarray(queries)
+        if search is None:
+            # Straight from the file that the means lie in.
+            product, nearest = faiss.knn(queries, self.vectors, count, metric=faiss.METRIC_INNER_PRODUCT)
+        else:
+            product, nearest = search.search(queries, count)
         # Where means are missing faiss gives the smallest number there is.
         product = np.maximum(product, _LEAST_PRODUCT)
         return nearest, np.asarray(product - faces.density[face][:, None] / 2, np.float32)
@@ -134,12 +142,14 @@ def estimate_beyond_graph(
     )
     near = add_near_identities(faces, candidates, first)
     settled = settle(near.candidates)
-    at = np.searchsorted(_make_keys(near.candidates), _make_keys(settled))
+    probability = near.probability
+    if settled is not near.candidates:
+        probability = probability[near.candidates.find(settled.face, settled.identity)]
     posteriors = estimate_label_posteriors(
         faces,
         settled,
         prior,
-        near.probability[at],
+        probability,
         threshold=threshold,
         seed=seed,
         rates=first.rates,
@@ -177,11 +187,16 @@ def add_near_identities(faces: FaceVectors, candidates: LabelCandidates, posteri
     if rates is None or len(means.identity) < 2:
         return NearIdentities(candidates, posteriors.probability, spread)
     # Right labels without a neighbour show what share of the identities the means do not find either.
-    is_near = np.ones(len(candidates), bool) if candidates.is_near is None else candidates.is_near.copy()
-    asked = np.flatnonzero(candidates.is_own & ((posteriors.probability < _DOUBTFUL) | ~is_near))
+    is_near = _copy_near(candidates)
+    asked = candidates.select(
+        lambda block: (
+            block.candidates.is_own & ((posteriors.probability[block.pairs] < _DOUBTFUL) | ~is_near[block.pairs])
+        )
+    )
     search = means.build_search(len(asked))
-    new_face = [np.empty(0, np.int64)]
-    new_identity = [np.empty(0, np.int64)]
+    most = len(asked) * (_NEAREST + 1)
+    new_face = TemporaryColumn(np.int64, most)
+    new_identity = TemporaryColumn(np.int64, most)
     for at in range(0, len(asked), _ROWS):
         own = asked[at : at + _ROWS]
         face = candidates.face[own]
@@ -194,9 +209,16 @@ def add_near_identities(faces: FaceVectors, candidates: LabelCandidates, posteri
         row, column = np.nonzero(is_other & (odds >= _MIN_ODDS))
         new_face.append(face[row])
         new_identity.append(means.identity[nearest[row, column]])
-    near = _Pairs(np.concatenate(new_face), np.concatenate(new_identity))
-    extended, probability = _extend(candidates, posteriors.probability, is_near, near)
+    near = _Pairs(new_face.array, new_identity.array)
+    extended, probability = _extend(candidates, posteriors.probability, is_near, near, face_count=len(faces.density))
     return NearIdentities(extended, probability, spread)
+
+
+def _copy_near(candidates: LabelCandidates) -> Bool:
+    """Copy which candidates (m,) are near."""
+    is_near = make_temporary_array(np.bool_, (len(candidates),))
+    is_near[:] = True if candidates.is_near is None else candidates.is_near
+    return is_near
 
 
 @dataclass(frozen=True)
@@ -266,24 +288,30 @@ def _compute_odds(
 
 
 def _extend(
-    candidates: LabelCandidates, probability: Float32, is_near: Bool, near: _Pairs
+    candidates: LabelCandidates, probability: Float32, is_near: Bool, near: _Pairs, *, face_count: int
 ) -> tuple[LabelCandidates, Float32]:
-    """Add pairs to the candidates, sorted by face and identity, each once."""
+    """Add pairs to the candidates, sorted by face and identity, each once. The pairs are sorted by face."""
     stride = max(1, candidates.identity_count)
-    keys = _make_keys(candidates)
-    all_keys = np.union1d(keys, near.face * stride + near.identity)
-    at = np.searchsorted(all_keys, keys)
-    extended = np.zeros(len(all_keys), np.float32)
-    extended[at] = probability
-    is_own = np.zeros(len(all_keys), bool)
-    is_own[at] = candidates.is_own
-    all_near = np.ones(len(all_keys), bool)
-    all_near[at] = is_near
-    face = all_keys // stride
-    identity = all_keys % stride
-    return LabelCandidates(face, identity, is_own, candidates.identity_count, all_near), extended
-
-
-def _make_keys(candidates: LabelCandidates) -> Int64:
-    """Make a key per pair of a face and an identity, (m,), rising as the candidates are sorted."""
-    return np.asarray(candidates.face * max(1, candidates.identity_count) + candidates.identity, np.int64)
+    most = len(candidates) + len(near.face)
+    face, identity = (TemporaryColumn(np.int64, most) for _ in range(2))
+    is_own, all_near = (TemporaryColumn(np.bool_, most) for _ in range(2))
+    extended = TemporaryColumn(np.float32, most)
+    for block in candidates.iterate_blocks(face_count):
+        keys = block.candidates.face * stride + block.candidates.identity
+        first = block.faces.start
+        added = slice(*np.searchsorted(near.face, (first, block.faces.stop)).tolist())
+        all_keys = np.union1d(keys, (near.face[added] - first) * stride + near.identity[added])
+        at = np.searchsorted(all_keys, keys)
+        columns = {
+            extended: (np.float32(0), probability[block.pairs]),
+            is_own: (False, block.candidates.is_own),
+            all_near: (True, is_near[block.pairs]),
+        }
+        for column, (default, values) in columns.items():
+            part = np.full(len(all_keys), default)
+            part[at] = values
+            column.append(part)
+        face.append(first + all_keys // stride)
+        identity.append(all_keys % stride)
+    united = LabelCandidates(face.array, identity.array, is_own.array, candidates.identity_count, all_near.array)
+    return united, extended.array

@@ -16,8 +16,10 @@ from facepipe.curation.cleaning.identities import IdentityParts
 from facepipe.curation.cleaning.model import LabelPosteriors, compute_log_ratio
 from facepipe.curation.cleaning.strangers import StrangerPairs
 from facepipe.nearest.similarity import Pairs
+from facepipe.storage.mapped import TemporaryColumn
 from facepipe.types import Bool, Float32, Int64
 
+_PAIRS_PER_BLOCK = 1 << 13  # of groups that are compared at a time
 _MIN_FACES = 2  # of a part: a single face that is apart is a matter of its label
 _LOG_ODDS_ONE_PERSON = 2.0  # that two parts of an identity are one person, before they are compared
 _MORE_THAN_CHANCE = 2.0  # times as often as first parts fit another identity, before that says anything of further ones
@@ -43,24 +45,40 @@ class NamedPersons:
         """Put together what was estimated for the persons of each name."""
         if len(self.name) == name_count:
             return candidates, posteriors
-        # Of the persons of one name a face's own one comes first, then the likeliest.
-        key = candidates.face * name_count + self.name[candidates.identity]
-        order = np.lexsort((-posteriors.probability, ~candidates.is_own, key))
-        first = np.flatnonzero(np.diff(key[order], prepend=-1) != 0)
-        chosen = order[first]
+        # What is found of each block is appended to columns in temporary files.
+        face, identity = (TemporaryColumn(np.int64, len(candidates)) for _ in range(2))
+        is_own, is_near, is_certain = (TemporaryColumn(np.bool_, len(candidates)) for _ in range(3))
+        probability, similarity, weight = (TemporaryColumn(np.float32, len(candidates)) for _ in range(3))
+        for block in candidates.iterate_blocks(len(posteriors.no_identity)):
+            pairs = block.candidates
+            likely = posteriors.probability[block.pairs]
+            # Of the persons of one name a face's own one comes first, then the likeliest.
+            key = pairs.face * name_count + self.name[pairs.identity]
+            order = np.lexsort((-likely, ~pairs.is_own, key))
+            first = np.flatnonzero(np.diff(key[order], prepend=-1) != 0)
+            if not len(first):
+                continue
+            chosen = order[first]
+            face.append(block.faces.start + pairs.face[chosen])
+            identity.append(self.name[pairs.identity[chosen]])
+            is_own.append(pairs.is_own[chosen])
+            if pairs.is_near is not None:
+                is_near.append(np.logical_or.reduceat(pairs.is_near[order], first))
+            if pairs.is_certain is not None:
+                is_certain.append(pairs.is_certain[chosen])
+            probability.append(np.add.reduceat(likely[order], first))
+            similarity.append(posteriors.similarity[block.pairs][chosen])
+            weight.append(posteriors.weight[block.pairs][chosen])
         merged = LabelCandidates(
-            face=candidates.face[chosen],
-            identity=self.name[candidates.identity[chosen]],
-            is_own=candidates.is_own[chosen],
+            face=face.array,
+            identity=identity.array,
+            is_own=is_own.array,
             identity_count=name_count,
-            is_near=None if candidates.is_near is None else np.logical_or.reduceat(candidates.is_near[order], first),
-            is_certain=None if candidates.is_certain is None else candidates.is_certain[chosen],
+            is_near=None if candidates.is_near is None else is_near.array,
+            is_certain=None if candidates.is_certain is None else is_certain.array,
         )
         return merged, replace(
-            posteriors,
-            probability=np.add.reduceat(posteriors.probability[order], first).astype(np.float32),
-            similarity=posteriors.similarity[chosen],
-            weight=posteriors.weight[chosen],
+            posteriors, probability=probability.array, similarity=similarity.array, weight=weight.array
         )
 
 
@@ -131,9 +149,15 @@ def _fit_parts(
 def _compute_fit(centres: IdentityCentres, left: Int64, right: Int64) -> Float32:
     """Compute the mean similarity (m,) of groups (m,) and others (m,)."""
     size = np.maximum(1, centres.weight)
-    product = np.einsum("nd,nd->n", centres.sums[left], centres.sums[right]) / (size[left] * size[right])
     crowd = centres.crowd / size
-    return np.asarray(product - (crowd[left] + crowd[right]) / 2, np.float32)
+    fit = np.empty(len(left), np.float32)
+    for at in range(0, len(left), _PAIRS_PER_BLOCK):
+        block = slice(at, at + _PAIRS_PER_BLOCK)
+        u = left[block]
+        v = right[block]
+        product = np.einsum("nd,nd->n", centres.sums[u], centres.sums[v]) / (size[u] * size[v])
+        fit[block] = product - (crowd[u] + crowd[v]) / 2
+    return fit
 
 
 def _compute_weight(centres: IdentityCentres, left: Int64, right: Int64) -> Float32:

@@ -129,6 +129,8 @@ class NearStrangers:
         weight: Float32,
         normal: Normal,
         threshold: float,
+        *,
+        face_count: int,
     ) -> "NearStrangers | None":
         """Count the near strangers of faces with right labels.
 
@@ -139,29 +141,35 @@ class NearStrangers:
             weight: number of faces that this rests on, (m,).
             normal: mean and variance of strangers.
             threshold: similarity from which no pair is missing: such a face has an edge to one of the identity's.
+            face_count: number of faces.
 
         Returns:
             None if no label is known to be right.
         """
-        own = np.flatnonzero(candidates.is_own)
-        right = own[(probability[own] > RIGHT) & (weight[own] >= 1)]
-        if not len(right):
-            return None
-        is_right = np.zeros(int(candidates.face.max()) + 1, bool)
-        is_right[candidates.face[right]] = True
-        size = np.bincount(candidates.identity[own], minlength=candidates.identity_count)
-        total = len(right) * float(size.sum()) - float(size[candidates.identity[right]].sum())
+        bins = np.arange(_TAIL_BEGIN, _TAIL_REACH + _TAIL_STEP, _TAIL_STEP)
+        counts = np.zeros(len(bins) - 1, np.int64)
+        weights = np.zeros(len(bins) - 1, np.int64)
+        right_count = 0
+        namesakes = 0
+        size = candidates.label_counts
+        for block in candidates.iterate_blocks(face_count):
+            pairs = block.candidates
+            fit = similarity[block.pairs]
+            rest = weight[block.pairs]
+            right = np.flatnonzero(pairs.is_own & (probability[block.pairs] > RIGHT) & (rest >= 1))
+            right_count += len(right)
+            namesakes += int(size[pairs.identity[right]].sum())
+            is_right = np.zeros(block.faces.stop - block.faces.start, bool)
+            is_right[pairs.face[right]] = True
+            chosen = np.flatnonzero(is_right[pairs.face] & ~pairs.is_own & (rest >= MIN_WEIGHT) & (fit >= threshold))
+            deviation = normal.standardise(fit[chosen], rest[chosen])
+            counts += np.histogram(deviation, bins)[0]
+            weights += np.histogram(deviation, bins, weights=size[pairs.identity[chosen]])[0]
+        total = right_count * float(size.sum()) - float(namesakes)
         if total <= 0:
             return None
         edge = (threshold - normal.mean) / np.sqrt(normal.fixed_variance)
         first = max(0, int(np.ceil(edge / _TAIL_STEP)))
-        chosen = np.flatnonzero(
-            is_right[candidates.face] & ~candidates.is_own & (weight >= MIN_WEIGHT) & (similarity >= threshold)
-        )
-        deviation = normal.standardise(similarity[chosen], weight[chosen])
-        bins = np.arange(_TAIL_BEGIN, _TAIL_REACH + _TAIL_STEP, _TAIL_STEP)
-        counts, _ = np.histogram(deviation, bins)
-        weights, _ = np.histogram(deviation, bins, weights=size[candidates.identity[chosen]])
         return cls(counts.astype(np.float64), weights.astype(np.float64), total, first)
 
     def continue_tail(self, log_density: Float64) -> Float64:
@@ -208,16 +216,14 @@ class StrangerPairs:
         nothing = np.empty(0, np.int64)
         if candidates.identity_count < 2 or not len(candidates):
             return cls(nothing, nothing, nothing)
-        labelled = np.unique(candidates.face)
-        size = min(_MAX_STRANGERS, 4 * len(labelled) * candidates.identity_count)
-        face = rng.choice(labelled, size)
+        # The first pair of each face.
+        first = candidates.select(lambda block: np.diff(block.candidates.face, prepend=-1) > 0)
+        own = candidates.own
+        size = min(_MAX_STRANGERS, 4 * len(first) * candidates.identity_count)
+        face = candidates.face[first[rng.choice(len(first), size)]]
         # Identities are drawn as often as they have labels, so that they rest on as many faces as the candidates do.
-        identity = rng.choice(candidates.identity[candidates.is_own], size)
-        # Candidates are sorted by face and identity.
-        keys = candidates.face * candidates.identity_count + candidates.identity
-        wanted = face * candidates.identity_count + identity
-        at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-        candidate = np.where(keys[at] == wanted, at, -1)
+        identity = candidates.identity[own[rng.choice(len(own), size)]]
+        candidate = candidates.find(face, identity)
         is_own = (candidate >= 0) & candidates.is_own[candidate]
         return cls(face[~is_own], identity[~is_own], candidate[~is_own])
 

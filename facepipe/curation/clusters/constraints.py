@@ -12,10 +12,13 @@ import pyarrow.compute as pc
 from facepipe.curation.graph.nodes import Nodes
 from facepipe.curation.space import find_space_scale
 from facepipe.gallery import Gallery
-from facepipe.types import Bool, Float32, Int64
+from facepipe.storage.partitions import PartitionedTable, count_partitions, spread_keys
+from facepipe.types import Bool, Float32, Int64, UInt64
 
 _MAX_GAP = 500  # faces of its photo that a face is kept apart from: pairs grow with the square
 _ROWS = 65536
+_HASHED_ROWS = 8192
+_PHOTOS = pa.schema([("key", pa.uint64()), ("node", pa.int64())])
 _PAIRS = 65536  # whose distances are computed at a time
 # Two faces of one photo that are nearer than this are one person's: in a mirror, a collage, or a photo of a photo.
 # In the space of dlib's network copies of a face are up to 0.2 apart, shrunk and compressed ones too, and strangers
@@ -25,15 +28,22 @@ _TWIN_DISTANCE = 0.2
 
 def find_same_photo_pairs(gallery: Gallery, nodes: Nodes) -> Int64:
     """Find the pairs of nodes (m, 2) in one photo, which are two persons unless they are as near as copies."""
-    photos = [np.empty(0, np.uint64)]
-    faces = [np.empty(0, np.int64)]
+    # Faces of one photo are in one partition.
+    photos = PartitionedTable(_PHOTOS, count_partitions(len(nodes)))
     for at, batch in _iterate_nodes(gallery, nodes, "uri", side=0):
-        # Hashes take less memory than the uris.
-        photos.append(pd.util.hash_array(batch["uri"].to_numpy(zero_copy_only=False)))
-        faces.append(at)
-    return drop_twins(
-        pair_equal_keys(np.concatenate(photos), np.concatenate(faces)), nodes.vectors, find_space_scale(gallery)
-    )
+        keys = hash_uris(batch["uri"])
+        photos.append(pa.table([keys, at], schema=_PHOTOS), spread_keys(keys, photos.count))
+    pairs = [pair_equal_keys(table["key"].to_numpy(), table["node"].to_numpy()) for table in photos]
+    return drop_twins(_sort_pairs(np.concatenate(pairs)), nodes.vectors, find_space_scale(gallery))
+
+
+def hash_uris(uris: pa.Array | pa.ChunkedArray) -> UInt64:
+    """Hash uris (n,): hashes take less memory. Some thousand are objects at a time."""
+    hashes = np.empty(len(uris), np.uint64)
+    for at in range(0, len(uris), _HASHED_ROWS):
+        texts = uris.slice(at, _HASHED_ROWS).to_numpy(zero_copy_only=False)
+        hashes[at : at + _HASHED_ROWS] = pd.util.hash_array(texts)
+    return hashes
 
 
 def drop_twins(pairs: Int64, vectors: Float32, scale: float = 1.0) -> Int64:
@@ -76,8 +86,12 @@ def pair_equal_keys(keys: npt.NDArray[Any], numbers: Int64) -> Int64:
         if not first.size:
             break
         pairs.append(np.stack([numbers[first], numbers[first + gap]], axis=1))
-    stacked = np.concatenate(pairs)
-    return stacked[np.lexsort((stacked[:, 1], stacked[:, 0]))]
+    return _sort_pairs(np.concatenate(pairs))
+
+
+def _sort_pairs(pairs: Int64) -> Int64:
+    """Sort pairs (m, 2)."""
+    return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
 
 
 def read_labels(gallery: Gallery, nodes: Nodes, *, side: int = 0) -> tuple[Int64, pa.Array]:

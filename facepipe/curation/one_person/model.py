@@ -13,6 +13,7 @@ import numpy as np
 
 from facepipe.curation.graph.clusters import Clusters
 from facepipe.curation.graph.grouped_sums import add_pieces, iterate_pieces
+from facepipe.storage.mapped import make_temporary_array
 from facepipe.types import Bool, Float32, Float64, Int64
 
 _MAX_COHORT = 4096  # groups that others are compared with
@@ -20,6 +21,7 @@ _MAX_SPLITS = 20_000  # groups whose parts show how alike the faces of one perso
 _MAX_PART = 32  # faces of a group that are used for it
 _REPEATS = 3
 _BLOCK = 512
+_COMPARED_ROWS = 64  # of a block, whose deviations are computed at a time: some 10 MB
 # Strangers by their number of standard deviations above the mean, in bins.
 _STEP = 0.1
 _REACH = 40.0
@@ -286,7 +288,7 @@ def sum_groups(vectors: Float32, density: Float32, labels: Int64, count: int, ro
     groups = labels[order]
     faces = order if rows is None else rows[order]
     flat = np.asarray(vectors)
-    sums = np.zeros((count, flat.shape[1]), np.float32)
+    sums = make_temporary_array(np.float32, (count, flat.shape[1]))
     crowd = np.zeros(count, np.float32)
     for block, starts in iterate_pieces(groups):
         add_pieces(sums, groups[block], flat[faces[block]], starts)
@@ -401,21 +403,23 @@ def _measure_rows(
     scale = np.ones(len(rows))
     others = groups.take(cohort)
     means = others.means
-    density = others.density
     for at in range(0, len(rows), _BLOCK):
         block = rows[at : at + _BLOCK]
         own = groups.take(block)
-        product = own.sums @ means.T / own.size[:, None]
-        similarity = product - (own.density[:, None] + density[None]) / 2
-        inverse = 1 / own.size[:, None] + 1 / others.size[None]
-        deviation = (similarity - strangers.mean) / strangers.compute_deviation(inverse)
-        deviation[block[:, None] == cohort[None]] = -np.inf
-        counts += np.histogram(deviation, _BIN_EDGES)[0]
-        if len(cohort) >= _MIN_COHORT:
-            nearest = -np.sort(-np.partition(deviation, -rank - 1, axis=1)[:, -rank - 1 :], axis=1)
-            location[at : at + _BLOCK] = nearest[:, -1]
-            above = nearest[:, 1:-1].mean(axis=1) - nearest[:, -1]
-            scale[at : at + _BLOCK] = np.maximum(above, _MIN_SCALE)
+        product = own.sums @ means.T
+        for first in range(0, len(block), _COMPARED_ROWS):
+            part = slice(first, first + _COMPARED_ROWS)
+            similarity = product[part] / own.size[part, None] - (own.density[part, None] + others.density[None]) / 2
+            inverse = 1 / own.size[part, None] + 1 / others.size[None]
+            deviation = (similarity - strangers.mean) / strangers.compute_deviation(inverse)
+            deviation[block[part, None] == cohort[None]] = -np.inf
+            counts += np.histogram(deviation, _BIN_EDGES)[0]
+            if len(cohort) >= _MIN_COHORT:
+                nearest = -np.sort(-np.partition(deviation, -rank - 1, axis=1)[:, -rank - 1 :], axis=1)
+                rows_of_part = slice(at + first, at + first + len(deviation))
+                location[rows_of_part] = nearest[:, -1]
+                above = nearest[:, 1:-1].mean(axis=1) - nearest[:, -1]
+                scale[rows_of_part] = np.maximum(above, _MIN_SCALE)
     return counts, location, scale
 
 
