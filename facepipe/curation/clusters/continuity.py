@@ -131,6 +131,7 @@ def part_newcomers(
         position[u[is_inside]],
         position[v[is_inside]],
         graph.info.threshold.similarity,
+        margin=graph.info.threshold.margin,
         start=renumber_labels(np.unique(person[leaving], return_inverse=True)[1]),
     )
     parted = labels.copy()

@@ -48,6 +48,7 @@ def cluster_faces(
         The cluster of each node, (n,), numbered by the smallest node, and the clusters.
     """
     threshold = graph.info.threshold.similarity
+    margin = graph.info.threshold.margin
     u, v = graph.read_similar_pairs(threshold)
     if left_out is not None:
         u, v = _drop_left_out(graph.representatives, u, v, left_out)
@@ -57,9 +58,19 @@ def cluster_faces(
     apart = join_links(different, decided, known)
     if unfit is None or not unfit.any():
         labels, clusters = merge_by_average_linkage(
-            single, u, v, threshold, apart.pairs, person=apart.person, start=known, run_tasks=run_tasks
+            single,
+            u,
+            v,
+            threshold,
+            apart.pairs,
+            person=apart.person,
+            start=known,
+            margin=margin,
+            run_tasks=run_tasks,
         )
-        labels, clusters = _link_near_means(labels, clusters, threshold=threshold, apart=apart, run_tasks=run_tasks)
+        labels, clusters = _link_near_means(
+            labels, clusters, threshold=threshold, margin=margin, apart=apart, run_tasks=run_tasks
+        )
         return _gather(decided, labels, clusters, single, threshold)
     # Only fit faces found persons. The others join them afterwards.
     is_waiting = _find_waiting(known, int(known.max(initial=-1)) + 1, unfit)[known]
@@ -71,10 +82,11 @@ def cluster_faces(
         apart.pairs,
         person=apart.person,
         start=known,
+        margin=margin,
         run_tasks=run_tasks,
     )
     labels, clusters = _link_near_means(
-        labels, clusters, threshold=threshold, apart=apart, unfit=unfit, run_tasks=run_tasks
+        labels, clusters, threshold=threshold, margin=margin, apart=apart, unfit=unfit, run_tasks=run_tasks
     )
     is_waiting = _find_waiting(labels, len(clusters), unfit)
     # Only edges between a cluster that waits and one that does not matter.
@@ -222,6 +234,7 @@ def _link_near_means(
     clusters: Clusters,
     *,
     threshold: float,
+    margin: float,
     apart: CannotLinks,
     unfit: Bool | None = None,
     run_tasks: RunTasks,
@@ -240,7 +253,7 @@ def _link_near_means(
             v = v[is_founding]
         links = apart.contract(labels, len(clusters))
         group, merged = merge_by_average_linkage(
-            clusters, u, v, threshold, links.pairs, person=links.person, run_tasks=run_tasks
+            clusters, u, v, threshold, links.pairs, person=links.person, margin=margin, run_tasks=run_tasks
         )
         labels = group[labels]
         if len(merged) == len(clusters):

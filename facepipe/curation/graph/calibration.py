@@ -294,8 +294,11 @@ def _raise_over_look_alikes(
     # In a gap between persons hardly a face loses its last neighbour, and few pairs of one person lie.
     lost = calibration.curve.get_connected(threshold) - calibration.curve.get_connected(raised)
     is_cut = lost > _MAX_LOST or raised.genuine < _MIN_KEPT * threshold.genuine
-    if is_cut or not _is_plausible(raised, float(density.mean()), options.model_threshold):
+    if not _is_plausible(raised, float(density.mean()), options.model_threshold):
         return calibration
+    if is_cut:
+        # Single faces of a person lie in the gap as well: only groups must be above it.
+        return replace(calibration, threshold=calibration.curve.widen_margin(threshold, gap.similarity))
     return replace(calibration, threshold=raised)
 
 

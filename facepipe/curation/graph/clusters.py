@@ -41,12 +41,18 @@ class Clusters:
         """Mean densities (k,)."""
         return np.asarray(self.crowd / np.maximum(1, self.size), np.float32)
 
-    def compute_linkage(self, u: Int64, v: Int64) -> Float32:
-        """Compute the mean similarity (m,) over all pairs of faces between clusters u (m,) and v (m,)."""
+    def compute_linkage(self, u: Int64, v: Int64, margin: float = 0.0) -> Float32:
+        """Compute the mean similarity (m,) over all pairs of faces between clusters u (m,) and v (m,).
+
+        Args:
+            u: one cluster per pair.
+            v: the other cluster.
+            margin: what large groups must have above single faces; see `compute_paired_linkage`.
+        """
         linkage = np.empty(len(u), np.float32)
         for at in range(0, len(u), _CHUNK):
             part = slice(at, at + _CHUNK)
-            linkage[part] = compute_paired_linkage(self.take(u[part]), self.take(v[part]))
+            linkage[part] = compute_paired_linkage(self.take(u[part]), self.take(v[part]), margin)
         return linkage
 
     def take(self, numbers: Int64 | Int32) -> "Clusters":
@@ -76,9 +82,24 @@ class Clusters:
         return Clusters(sums, crowd, np.bincount(group, self.size, count).astype(np.int64))
 
 
-def compute_paired_linkage(left: Clusters, right: Clusters) -> Float32:
-    """Compute the mean similarity (m,) over all pairs of faces between the clusters of each pair of rows."""
+def compute_paired_linkage(left: Clusters, right: Clusters, margin: float = 0.0) -> Float32:
+    """Compute the mean similarity (m,) over all pairs of faces between the clusters of each pair of rows.
+
+    The mean between two large groups of one person hardly varies. The similarity of two single faces does. So a mean
+    that makes one person of single faces may tell two large groups apart. Its variance falls with the faces of the
+    smaller group. The margin is subtracted in that measure. It only grows as clusters do, so that the linkage stays
+    reducible.
+
+    Args:
+        left: k clusters.
+        right: k clusters.
+        margin: what is subtracted for two groups of very many faces, nothing if one is a single face.
+    """
     # The product of two sums is the sum of the products of all pairs.
     product = np.einsum("nd,nd->n", left.sums, right.sums)
     mean = (product / (left.size * right.size)).astype(np.float32)
-    return np.asarray(mean - (left.density + right.density) / 2, np.float32)
+    similarity = np.asarray(mean - (left.density + right.density) / 2, np.float32)
+    if not margin:
+        return similarity
+    smaller = np.minimum(left.size, right.size).astype(np.float32)
+    return np.asarray(similarity - np.float32(margin) * (1 - 1 / smaller), np.float32)

@@ -47,6 +47,7 @@ class LinkageTask:
         weight: Mean similarity of the two, (m,).
         threshold: Similarity of the step.
         apart: What must not come together, by position.
+        margin: What large groups must have above single faces.
     """
 
     nodes: Int64
@@ -56,6 +57,7 @@ class LinkageTask:
     weight: Float32
     threshold: float
     apart: CannotLinks
+    margin: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,13 @@ RunTasks = Callable[[Iterable[LinkageTask]], Iterable[LinkageResult]]
 def run_linkage_task(task: LinkageTask) -> LinkageResult:
     """Merge the clusters of a task."""
     group, merged = merge_in_rounds(
-        task.clusters, task.u, task.v, task.weight, threshold=task.threshold, apart=task.apart
+        task.clusters,
+        task.u,
+        task.v,
+        task.weight,
+        threshold=task.threshold,
+        apart=task.apart,
+        margin=task.margin,
     )
     members = np.bincount(group, minlength=len(merged))
     # Groups are numbered by their smallest member, which comes first among the positions.
@@ -105,6 +113,7 @@ def merge_by_average_linkage(
     *,
     person: Int32 | None = None,
     start: Int64 | None = None,
+    margin: float = 0.0,
     run_tasks: RunTasks = run_tasks_here,
 ) -> tuple[Int64, Clusters]:
     """Merge clusters while the mean similarity of two that an edge joins reaches the threshold.
@@ -118,13 +127,15 @@ def merge_by_average_linkage(
         person: number of the person that each cluster is known to be, (k,), -1 for none. Two different persons must
             not come together.
         start: groups (k,) that are merged first, whatever their similarity. None may hold what must not come together.
+        margin: how much more than the threshold two groups of very many faces must reach; single faces need not, and
+            groups between them a part of it (`compute_paired_linkage`).
         run_tasks: runs the tasks of a step, in any order and anywhere.
 
     Returns:
         The group (k,) of each cluster, numbered by its smallest member, and the merged clusters.
     """
     count = len(clusters)
-    store = _ClusterStore(clusters)
+    store = _ClusterStore(clusters, margin)
     roots = np.arange(count)
     if start is not None:
         roots = _merge_start(store, start)
@@ -167,8 +178,9 @@ def _merge_start(store: "_ClusterStore", start: Int64) -> Int64:
 class _ClusterStore:
     """The clusters by number, of which only those that have grown take memory."""
 
-    def __init__(self, clusters: Clusters):
+    def __init__(self, clusters: Clusters, margin: float):
         self._initial = clusters
+        self.margin = margin  # what large groups must have above single faces
         self._row = np.full(len(clusters), -1, np.int32)  # of a cluster that has grown, among the grown ones
         # A cluster that has grown has two of the first ones at least.
         most = len(clusters) // 2
@@ -194,11 +206,11 @@ class _ClusterStore:
         return gathered
 
     def compute_linkage(self, u: Int32, v: Int32) -> Float32:
-        """Compute the mean similarity (m,) between clusters u (m,) and v (m,)."""
+        """Compute the mean similarity (m,) between clusters u (m,) and v (m,), less the margin of groups."""
         linkage = np.empty(len(u), np.float32)
         for at in range(0, len(u), _PAIRS_PER_BLOCK):
             block = slice(at, at + _PAIRS_PER_BLOCK)
-            linkage[block] = compute_paired_linkage(self.gather(u[block]), self.gather(v[block]))
+            linkage[block] = compute_paired_linkage(self.gather(u[block]), self.gather(v[block]), self.margin)
         return linkage
 
     def apply(self, result: LinkageResult) -> None:
@@ -380,4 +392,5 @@ def _split_tasks(reached: _Edges, store: _ClusterStore, level: float, apart: Can
             reached.weight[chosen],
             level,
             inside.take(members, pairs),
+            store.margin,
         )

@@ -19,7 +19,13 @@ _SLACK_PER_ROUND = np.float32(0.0002)  # then this much more slack per round: a 
 
 
 def merge_in_rounds(
-    clusters: Clusters, u: Int64, v: Int64, weight: Float32, threshold: float, apart: CannotLinks
+    clusters: Clusters,
+    u: Int64,
+    v: Int64,
+    weight: Float32,
+    threshold: float,
+    apart: CannotLinks,
+    margin: float = 0.0,
 ) -> tuple[Int64, Clusters]:
     """Merge clusters while the mean similarity of two that an edge joins reaches the threshold.
 
@@ -32,11 +38,12 @@ def merge_in_rounds(
         weight: mean similarity of the two, (m,).
         threshold: similarity.
         apart: what must not come together.
+        margin: what large groups must have above single faces; the weights are less that.
 
     Returns:
         The group (k,) of each cluster, numbered by its smallest member, and the merged clusters.
     """
-    state = _LinkageState(clusters, np.arange(len(clusters)), u, v, weight)
+    state = _LinkageState(clusters, np.arange(len(clusters)), u, v, weight, margin)
     # Only edges that reach the threshold are kept, now and after each merge.
     state = state.keep_above(threshold)
     round_ = 0
@@ -102,7 +109,8 @@ class _LinkageState:
         group: The cluster (n,) of each cluster at the start.
         u: One cluster per edge, (m,); u < v.
         v: The other cluster, (m,).
-        weight: Mean similarity (m,).
+        weight: Mean similarity (m,), less what is subtracted for groups.
+        margin: What large groups must have above single faces.
     """
 
     clusters: Clusters
@@ -110,6 +118,7 @@ class _LinkageState:
     u: Int64
     v: Int64
     weight: Float32
+    margin: float
 
     def keep_above(self, threshold: float) -> "_LinkageState":
         kept = self.weight >= threshold
@@ -131,7 +140,8 @@ class _LinkageState:
         unchanged = ~(has_grown[u] | has_grown[v])
         fresh_u, fresh_v = tidy_edges(u[~unchanged], v[~unchanged], len(clusters))
         group = merged[self.group]
-        fresh = _LinkageState(clusters, group, fresh_u, fresh_v, clusters.compute_linkage(fresh_u, fresh_v))
+        weight = clusters.compute_linkage(fresh_u, fresh_v, self.margin)
+        fresh = _LinkageState(clusters, group, fresh_u, fresh_v, weight, self.margin)
         fresh = fresh.keep_above(threshold)
         low = np.minimum(u[unchanged], v[unchanged])
         high = np.maximum(u[unchanged], v[unchanged])
@@ -141,6 +151,7 @@ class _LinkageState:
             np.concatenate([low, fresh.u]),
             np.concatenate([high, fresh.v]),
             np.concatenate([self.weight[unchanged], fresh.weight]),
+            self.margin,
         )
 
 

@@ -8,7 +8,7 @@ over pairs would be that of the largest person. If few identities repeat, that s
 threshold is where a face has few strangers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -32,6 +32,8 @@ _END_SHARE = 0.001
 _MIN_BINS = 20  # fewer bins carry no information
 _DEGREE = 3
 _MAX_RESIDUAL = 0.25  # of the logarithm of the counts: a bulk of few persons has bumps that no cubic follows
+_MARGIN_SHARE = 0.1  # of the way from the threshold to the typical pair of one person
+_MAX_MARGIN_SHARE = 0.5  # the same, over a gap between groups
 _RESIDUAL_PARTS = 12  # of the bulk, in each of which the residuals are averaged
 
 
@@ -44,12 +46,14 @@ class Threshold:
         genuine: Share of all pairs that are of one person.
         impostors: Share of a face's neighbours above the threshold that are strangers, on average over faces.
         estimated: Whether it was estimated from the data; otherwise it is the model's or the user's.
+        margin: How much more than that the mean similarity of two groups of very many faces must be.
     """
 
     similarity: float
     genuine: float
     impostors: float
     estimated: bool = True
+    margin: float = 0.0
 
     @classmethod
     def from_distance(cls, distance: float, density: float) -> "Threshold":
@@ -87,14 +91,32 @@ class ImpostorCurve:
     def raise_threshold(self, threshold: Threshold, similarity: float) -> Threshold:
         """Return the threshold, or that at a similarity if it is higher."""
         at = min(int(np.searchsorted(BIN_EDGES, similarity)), len(self.share) - 1)
-        return self._describe(at) if BIN_EDGES[at] > threshold.similarity else threshold
+        if BIN_EDGES[at] <= threshold.similarity:
+            return threshold
+        # Above the groups of look-alikes no group needs a margin.
+        return replace(self._describe(at), margin=0.0)
+
+    def widen_margin(self, threshold: Threshold, similarity: float) -> Threshold:
+        """Return the threshold with a margin that keeps large groups apart up to a similarity, within limits."""
+        at = min(int(np.searchsorted(BIN_EDGES, threshold.similarity)), _BINS - 1)
+        widest = _MAX_MARGIN_SHARE * self._measure_reach(at)
+        return replace(threshold, margin=max(threshold.margin, min(similarity - threshold.similarity, widest)))
 
     def get_connected(self, threshold: Threshold) -> float:
         """Get the share of the faces that have a neighbour at a threshold."""
         return float(self.has_neighbour[min(int(np.searchsorted(BIN_EDGES, threshold.similarity)), _BINS - 1)])
 
     def _describe(self, at: int) -> Threshold:
-        return Threshold(float(BIN_EDGES[at]), float(self.genuine[at]), min(1.0, float(self.share[at])))
+        margin = _MARGIN_SHARE * self._measure_reach(at)
+        return Threshold(float(BIN_EDGES[at]), float(self.genuine[at]), min(1.0, float(self.share[at])), margin=margin)
+
+    def _measure_reach(self, at: int) -> float:
+        """Measure how far the typical pair of one person is above a threshold: half of those above it are farther."""
+        genuine = float(self.genuine[at])
+        if not genuine:
+            return 0.0
+        typical = int(np.flatnonzero(self.genuine >= genuine / 2)[-1])
+        return max(0.0, float(BIN_EDGES[typical] - BIN_EDGES[at]))
 
 
 def count_similarities(vectors: Float32, densities: Float32, sample: Int64) -> Int32:

@@ -1,8 +1,10 @@
 """Groups of look-alikes do not join, if the groups of one person are far above them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from hard_faces import EASY, ArcFaceLike, DlibLike, draw_uneven
+from hard_faces import EASY, ArcFaceLike, DlibLike, draw_uneven, draw_zipf
 
 from facepipe.curation.graph.calibration import Calibration, CalibrationOptions, calibrate
 from facepipe.curation.graph.clusters import Clusters
@@ -25,10 +27,10 @@ def draw_look_alikes(persons: int, faces: int, seed: int) -> tuple[Int64, Float3
     return person, space.draw(space.draw_centres(persons), person).vectors
 
 
-def score(person: Int64, vectors: Float32, found: Calibration) -> float:
+def score(person: Int64, vectors: Float32, found: Calibration, margin: float = 0.0) -> float:
     u, v = find_candidate_pairs(vectors, found.density, found.threshold.similarity, 32)
     single = Clusters.from_faces(vectors, found.density)
-    labels, _ = merge_by_average_linkage(single, u, v, found.threshold.similarity)
+    labels, _ = merge_by_average_linkage(single, u, v, found.threshold.similarity, margin=margin)
     return float(score_clusters(person, labels).bcubed.f)
 
 
@@ -38,6 +40,34 @@ def test_look_alikes_stay_apart(persons: int) -> None:
     person, vectors = draw_look_alikes(persons, 3000, 5)
     found = calibrate(vectors, OPTIONS)
     assert score(person, vectors, found) > 0.97
+
+
+def test_groups_of_look_alikes_stay_apart_if_single_faces_lie_in_the_gap() -> None:
+    """Nearly half of the persons have one or two faces here, which a higher threshold would leave alone."""
+    person = draw_zipf(6000, 700, 32)
+    space = ArcFaceLike(32)
+    vectors = space.draw(space.draw_centres(int(person.max()) + 1), person).vectors
+    found = calibrate(vectors, OPTIONS)
+    assert score(person, vectors, found) < 0.97
+    assert score(person, vectors, found, found.threshold.margin) > 0.985
+
+
+@pytest.mark.parametrize("seed", [31, 32, 33])
+def test_groups_of_hard_look_alikes_join_less_often_than_single_faces(seed: int) -> None:
+    """The mean of two groups varies less than the similarity of two faces, so that it can tell more."""
+    person = draw_uneven(3000, 250, seed)
+    space = DlibLike(seed)
+    vectors = space.draw(space.draw_centres(250), person).vectors
+    found = calibrate(vectors, CARD)
+    assert found.threshold.margin > 0
+    assert score(person, vectors, found, found.threshold.margin) > score(person, vectors, found) + 0.002
+
+
+def test_a_given_threshold_has_no_margin() -> None:
+    person = draw_uneven(2000, 250, 31)
+    space = DlibLike(31)
+    vectors = space.draw(space.draw_centres(250), person).vectors
+    assert calibrate(vectors, replace(CARD, threshold=0.4)).threshold.margin == 0
 
 
 def test_a_threshold_is_not_raised_if_there_is_no_gap() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import event, given, settings
+from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 from scipy.cluster.hierarchy import fcluster
 from scipy.cluster.hierarchy import linkage as scipy_linkage
@@ -13,7 +13,14 @@ from scipy.spatial.distance import squareform
 
 from facepipe.curation.graph.clusters import Clusters
 from facepipe.curation.graph.components import renumber_labels
-from facepipe.curation.graph.linkage import LinkageResult, LinkageTask, merge_by_average_linkage, run_linkage_task
+from facepipe.curation.graph.linkage import (
+    LinkageResult,
+    LinkageTask,
+    RunTasks,
+    merge_by_average_linkage,
+    run_linkage_task,
+    run_tasks_here,
+)
 from facepipe.nearest.join import find_candidate_pairs
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -171,10 +178,11 @@ def test_what_is_known_of_persons_holds(
     st.integers(0, 20),
     st.integers(1, 30),
     st.floats(0, 0.5),
+    st.sampled_from([0.0, 0.1]),
 )
 @settings(max_examples=80, deadline=None)
 def test_no_spread_of_the_components_over_tasks_counts(
-    seed: int, count: int, quantile: float, share: float, most: int, nodes_per_task: int, named: float
+    seed: int, count: int, quantile: float, share: float, most: int, nodes_per_task: int, named: float, margin: float
 ) -> None:
     """Tasks of few nodes, in any order, give the sums of one task to the bit, whatever is known of persons."""
     rng = np.random.default_rng(seed)
@@ -193,19 +201,86 @@ def test_no_spread_of_the_components_over_tasks_counts(
         counts.append(len(together))
         return [run_linkage_task(together[at]) for at in rng.permutation(len(together))]
 
-    group, merged = merge_by_average_linkage(
-        clusters, u[some], v[some], threshold, forbidden, person=person, start=start
-    )
+    def merge(run_tasks: RunTasks) -> tuple[np.ndarray, Clusters]:
+        return merge_by_average_linkage(
+            clusters,
+            u[some],
+            v[some],
+            threshold,
+            forbidden,
+            person=person,
+            start=start,
+            margin=margin,
+            run_tasks=run_tasks,
+        )
+
+    group, merged = merge(run_tasks_here)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("facepipe.curation.graph.linkage._MAX_NODES_PER_TASK", nodes_per_task)
-        spread, parts = merge_by_average_linkage(
-            clusters, u[some], v[some], threshold, forbidden, person=person, start=start, run_tasks=run_shuffled
-        )
+        spread, parts = merge(run_shuffled)
     assert np.array_equal(spread, group)
     assert parts.sums.tobytes() == merged.sums.tobytes()
     assert parts.crowd.tobytes() == merged.crowd.tobytes()
     assert parts.size.tobytes() == merged.size.tobytes()
     event("more tasks than one in a step" if max(counts) > 1 else "one task per step")
+
+
+def merge_one_by_one(similarity: np.ndarray, threshold: float, margin: float) -> tuple[np.ndarray, float]:
+    """Merge the best two groups again and again; returns labels and how near any decision was to another one."""
+    groups = [[face] for face in range(len(similarity))]
+    doubt = np.inf
+    while len(groups) > 1:
+        weights = {}
+        for at, first in enumerate(groups):
+            for other, second in enumerate(groups[:at]):
+                smaller = min(len(first), len(second))
+                weights[other, at] = similarity[np.ix_(first, second)].mean() - margin * (1 - 1 / smaller)
+        ranked = sorted(weights.values(), reverse=True)
+        doubt = min(doubt, abs(ranked[0] - threshold))
+        if ranked[0] < threshold:
+            break
+        doubt = min([doubt, *(ranked[0] - second for second in ranked[1:2])])
+        left, right = max(weights, key=lambda pair: weights[pair])
+        groups[left] += groups.pop(right)
+    labels = np.empty(len(similarity), np.int64)
+    for number, group in enumerate(groups):
+        labels[group] = number
+    return renumber_labels(labels), doubt
+
+
+@given(SEEDS, st.integers(2, 30), st.booleans(), st.floats(0, 1), st.floats(0, 0.3))
+@settings(max_examples=60, deadline=None)
+def test_with_a_margin_of_groups_the_partition_is_that_of_merging_one_by_one(
+    seed: int, count: int, crowded: bool, quantile: float, margin: float
+) -> None:
+    vectors, density = random_case(seed, count, crowded)
+    similarity = brute(vectors, density)
+    _, threshold = by_scipy(similarity, quantile)
+    wanted, doubt = merge_one_by_one(similarity, threshold, margin)
+    assume(doubt > 1e-5)  # or rounding would decide
+    clusters = Clusters.from_faces(vectors, density)
+    group, _ = merge_by_average_linkage(clusters, *all_pairs(count), threshold, margin=margin)
+    assert np.array_equal(group, wanted)
+    plain, _ = merge_by_average_linkage(clusters, *all_pairs(count), threshold)
+    event("the margin counts" if len(np.unique(plain)) < len(np.unique(group)) else "it does not")
+
+
+def test_a_margin_parts_two_groups_and_no_single_face() -> None:
+    """Two groups of 16 are as near to each other as a face is to them: only the groups stay apart."""
+    basis = np.eye(128)
+    first = unit(basis[0] + 0.3 * basis[2:18])
+    second = unit(0.8 * basis[0] + 0.6 * basis[1] + 0.3 * basis[18:34])
+    between = float((first @ second.T).mean())
+    lone = unit(0.8 * basis[:1] + 0.6 * basis[40:41])
+    assert abs(float((first @ lone.T).mean()) - between) < 0.05
+    vectors = np.concatenate([first, second, lone])
+    clusters = Clusters.from_faces(vectors, np.zeros(len(vectors), np.float32))
+    threshold = min(between, float((first @ lone.T).mean())) - 0.01
+    plain, _ = merge_by_average_linkage(clusters, *all_pairs(33), threshold)
+    assert len(np.unique(plain)) == 1
+    group, _ = merge_by_average_linkage(clusters, *all_pairs(33), threshold, margin=0.1)
+    assert len(np.unique(group)) == 2
+    assert group[32] == group[0]
 
 
 def test_a_pair_that_is_forbidden_does_not_hinder_others() -> None:
