@@ -13,6 +13,7 @@ from erasures import name_of, never_found, reported, sound, table_rows, traces_o
 from histories import open_as_stock
 from typer.testing import CliRunner
 
+from facepipe.config import build
 from facepipe.erasure import purges, receipt
 from facepipe.erasure.proof import prove_erasure
 from facepipe.erasure.selection import Selection
@@ -26,6 +27,9 @@ from facepipe.gallery.maintenance.compact import CompactConfig
 from facepipe.storage.lease import hold_lease
 from jobs.cli import app
 from pipelines import compact, erase
+from pipelines.nightly.config import NightlyConfig
+from pipelines.nightly.guard import RETENTION, NightGuard, PlannedErasure
+from pipelines.nightly.pipeline import NightSummary, _Night
 
 PERSON = Selection(identities=(name_of(9),))
 OTHER = Selection(identities=(name_of(10),))
@@ -305,6 +309,25 @@ def test_the_command(gallery: Gallery) -> None:
     assert CliRunner().invoke(app, ["erase", gallery.path, "--purge"]).exit_code == 0
     result = CliRunner().invoke(app, ["verify", gallery.path, "--erased", path, "--json"])
     assert (result.exit_code, json.loads(result.stdout)["state"]) == (0, "gone")
+
+
+def test_a_night_hides_as_long_as_its_config_says_and_fails_if_a_purge_is_overdue(
+    gallery: Gallery, set_time: Callable[[timedelta], None]
+) -> None:
+    config = build(NightlyConfig, {"gallery": gallery.path, "night": {"purge_days": 5}})
+    night = _Night(config, NightSummary(gallery.path), NightGuard(gallery.path), lambda line: None)
+    night._erase_planned(PlannedErasure(RETENTION, "corpus", PERSON, 1.0, "night.retention_at_most"))
+    (purge,) = purges.list_purges(gallery.path)
+    written = receipt.load_receipt(receipt.get_receipt_path(gallery.path, purge.id))
+    assert purge.due == datetime.fromisoformat(written.at) + timedelta(days=5)
+    night.check_purges()
+    assert night.summary.failures == []
+    set_time(timedelta(days=6))
+    night.check_purges()
+    assert purge.id in night.summary.failures[0]
+    # The next night removes them before anything else.
+    erase.resume(gallery.path)
+    assert purges.describe_overdue(gallery.path) == []
 
 
 @pytest.mark.parametrize("days", [-1.0, 28.5, float("nan")])
