@@ -148,7 +148,7 @@ def times_table() -> None:
             "index: training": [lasting(index_seconds(f)[0]) for f in faces],
             "index: shards": [lasting(index_seconds(f)[1]) for f in faces],
             **{step: [lasting(estimate_step(f, step, two_cores)) for f in faces] for step in CURATION},
-            "memory of clean, the largest of them": [f"{estimate_peak(f, 'clean') / GIB:,.0f} GiB" for f in faces],
+            "memory of cluster, the largest of them": [f"{estimate_peak(f, 'cluster') / GIB:,.0f} GiB" for f in faces],
             "a night of 0.1 % changes, models left aside": [
                 lasting(n * NIGHT_PER_IMAGE + n / 1000 * NIGHT_PER_CHANGE) for n in SIZES
             ],
