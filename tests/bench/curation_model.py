@@ -213,6 +213,10 @@ MEASURED = (
     ("cluster", 3e5, 25.4, 251, "read from it"),
     ("clean", 3e5, 56.0, 122, "the start had left room of its own"),
     ("dedup", 3e5, 4.2, 98, "read from it"),
+    ("graph", 1e6, 381.9, 361, "a load of 15"),
+    ("cluster", 1e6, 136.7, 607, "a load of 15"),
+    ("clean", 1e6, 263.3, 298, "a load of 13"),
+    ("dedup", 1e6, 16.5, 248, "a load of 15"),
 )
 
 
