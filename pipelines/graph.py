@@ -44,7 +44,7 @@ from facepipe.errors import GalleryError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.models.runtime.device import resolve_device
 from facepipe.models.zoo.registry import find_match_threshold
-from facepipe.storage import describe_error, is_remote, sync_disks
+from facepipe.storage import describe_error, sync_disks
 from facepipe.storage.atomic import swap_folders
 from facepipe.storage.lease import Lease
 from facepipe.types import Float32, Int32
@@ -330,7 +330,7 @@ class _GraphBuilder:
     def _join_on_ray(self, tasks: list[EdgeTask]) -> Iterator[tuple[EdgeTask, int]]:
         """Run tasks on Ray; yields each with its number of edges."""
         uses_gpu = tasks[0].device != "cpu"
-        if uses_gpu and not any(is_remote(gallery.path) for gallery in self._galleries):
+        if uses_gpu and not ray.find_blind_nodes(self._folder):
             # A GPU compares all faces in one task: too much to travel, if the nodes see the folder.
             yield from ray.run_tasks(join_cells, tasks, self._run.cpus, gpus=1)
             return

@@ -145,6 +145,17 @@ def s3_server() -> Iterator[str]:
         yield endpoint
 
 
+def describe_store(endpoint: str) -> dict[str, str]:
+    """Return the environment of a process that uses the S3 server."""
+    return {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+
+
 @pytest.fixture
 def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """Put an empty S3 store with a bucket `faces` into the environment, and return its client."""
@@ -152,14 +163,7 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> I
 
     from facepipe import storage
 
-    for name, value in {
-        "AWS_ENDPOINT_URL": s3_server,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "FACEPIPE_CACHE": str(tmp_path / "cache"),
-    }.items():
+    for name, value in {**describe_store(s3_server), "FACEPIPE_CACHE": str(tmp_path / "cache")}.items():
         monkeypatch.setenv(name, value)
     urllib.request.urlopen(urllib.request.Request(f"{s3_server}/moto-api/reset", method="POST")).close()
     storage.open_bucket.cache_clear()

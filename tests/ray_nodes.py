@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,8 @@ STORE = 100_000_000  # bytes; Ray takes no less than some 75 MiB
 _QUIET = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 # A node that is gone is noticed as in a real cluster, by its heartbeat, only much sooner.
 _SOON = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "4"}
-_PATIENCE = 300  # seconds for a node to start on a busy machine
+_PATIENCE = 100  # seconds for a node to start on a busy machine
+_TRIES = 3  # to start it: sometimes a daemon of Ray waits for another one that has ended
 # Ray gives its own daemon 30 seconds, and there is no setting for that.
 _START = f"""
 import time
@@ -58,6 +59,7 @@ class Node:
 
     process: subprocess.Popen[bytes]
     log: Path
+    launch: Callable[[], "Node"]
     group: Path | None = None
     raylet: psutil.Process | None = None
 
@@ -117,6 +119,7 @@ class Cluster:
     port: int = 0
     folder: str = ""
     _started: list[psutil.Process] = field(default_factory=list)
+    _launched: int = 0
 
     @property
     def address(self) -> str:
@@ -173,16 +176,22 @@ class Cluster:
         return [p for p in psutil.process_iter() if self.folder in _title(p) and p.pid != os.getpid()]
 
     def _start(self, arguments: list[str], cpus: int) -> Node:
-        log = Path(self.folder) / f"node-{len(self.nodes)}.log"
+        node = self._launch(arguments, cpus, is_head=not self.nodes)
+        self.nodes.append(node)
+        return node
+
+    def _launch(self, arguments: list[str], cpus: int, *, is_head: bool) -> Node:
+        self._launched += 1
+        log = Path(self.folder) / f"node-{self._launched}.log"
         command = [*_RAY, *arguments, f"--num-cpus={cpus}", f"--object-store-memory={STORE}"]
         command += ["--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats"]
         command += [f"--num-gpus={self.gpus}"]
         command += [f"--dashboard-agent-listen-port={_free_ports(1)[0]}"]
         # A folder each: nodes that start at the same time would choose the same names for their sockets.
-        command += [f"--temp-dir={self.folder}/{len(self.nodes)}"]
+        command += [f"--temp-dir={self.folder}/{self._launched}"]
         if self.memory:
             command += [f"--memory={self.memory - STORE}"]
-        if self.hidden and self.nodes:
+        if self.hidden and not is_head:
             command = [*_UNSHARE, "sh", "-c", _HIDE, "sh", *self.hidden, "--", *command]
         group = _make_group(self.memory)
         with log.open("wb") as out:
@@ -194,18 +203,23 @@ class Cluster:
                 start_new_session=True,
                 preexec_fn=(lambda: _enter(group)) if group else None,
             )
-        node = Node(process, log, group)
-        self.nodes.append(node)
-        return node
+        return Node(process, log, lambda: self._launch(arguments, cpus, is_head=is_head), group)
 
     def _wait(self, node: Node) -> None:
-        deadline = time.monotonic() + _PATIENCE
-        while time.monotonic() < deadline and node.process.poll() is None:
-            if "Ray runtime started" in node.log.read_text():
-                node.raylet = next(p for p in node.family() if "raylet/raylet" in _title(p))
-                self._started += node.family()
-                return
-            time.sleep(0.1)
+        for _ in range(_TRIES):
+            deadline = time.monotonic() + _PATIENCE
+            while time.monotonic() < deadline and node.process.poll() is None:
+                if "Ray runtime started" in node.log.read_text():
+                    node.raylet = next(p for p in node.family() if "raylet/raylet" in _title(p))
+                    self._started += node.family()
+                    return
+                time.sleep(0.1)
+            node.kill()
+            again = node.launch()
+            _delete_group(node.group)
+            node.process = again.process
+            node.log = again.log
+            node.group = again.group
         raise RuntimeError(f"a node did not start: {node.log.read_text()[-2000:]}")
 
 

@@ -348,6 +348,10 @@ class _EmbedRun:
         try:
             if runner == "ray":
                 plan = make_plan(ray.start(), run.workers, run.layout, models, run.gpus_per_worker)
+                # A worker without the folder would take every image for one that cannot be read. A list is read here.
+                uri = self._config.source.uri
+                if os.path.isdir(uri):
+                    ray.require_visible(uri, "the source")
                 plan = run.limit_workers(plan)
                 listing = replace(listing, size=run.choose_block_size(plan))
                 blocks = listing

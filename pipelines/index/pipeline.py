@@ -315,6 +315,7 @@ class _IndexBuilder:
         ]
         ray.start()
         try:
+            ray.require_visible(self._gallery.faces_folder, "the gallery")
             for number, (_, result) in enumerate(ray.run_tasks(_build_shard, tasks, self._config.run.cpus), 1):
                 self._on_progress(f"shard {number} of {len(groups)} is built")
                 self._skipped.unusable += result.unusable

@@ -3,10 +3,11 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,7 +19,7 @@ from facepipe.gallery.table import FOLDERS
 from facepipe.index import manifest as manifests
 from facepipe.index.answers import ANSWERS, OLD_NAMES, SearchCounts, SearchOptions, answer_queries
 from facepipe.index.manifest import Manifest
-from facepipe.index.queries import QueryBlock, QuerySource, read_block
+from facepipe.index.queries import Queries, QueryBlock, QuerySource, read_block
 from facepipe.index.search import Index
 from facepipe.index.shard_set import ShardSet
 from facepipe.sources.parquet import list_parquet_files
@@ -39,6 +40,8 @@ from facepipe.storage.atomic import UNFINISHED, publish_file
 from facepipe.storage.lease import LEASE_FILE, LEASE_GUARD
 from facepipe.storage.owned import delete_owned, delete_owned_folder
 from pipelines.search.config import SearchSummary
+
+Result = TypeVar("Result")
 
 # Key of the counts in a part's Parquet metadata, from which a resumed search adds them up.
 _COUNTS = b"facepipe.counts"
@@ -226,33 +229,82 @@ def get_queries_folder(work: str) -> str:
     return os.path.join(work, _QUERIES)
 
 
-def search_block(task: SearchTask) -> SearchCounts:
+@dataclass(frozen=True)
+class QueryPack:
+    """A block with its queries, for a machine that may see neither their files nor the folder of the parts.
+
+    Attributes:
+        task: The block.
+        queries: Its queries, some thousands each.
+    """
+
+    task: SearchTask
+    queries: tuple[Queries, ...]
+
+
+@dataclass(frozen=True)
+class EncodedPart:
+    """The answers to a block.
+
+    Attributes:
+        counts: Of its queries.
+        data: The part, as Parquet.
+    """
+
+    counts: SearchCounts
+    data: bytes
+
+
+def search_block(task: SearchTask, pinned: "PinnedIndex") -> SearchCounts:
     """Search a block of queries and write its part, which appears when it is complete."""
+    return _search_opened(task, pinned, lambda index: answer_and_write(index, task))
+
+
+def pack_block(task: SearchTask, dim: int) -> QueryPack:
+    """Read the queries of a block, which are vectors of `dim` numbers."""
+    return QueryPack(task, tuple(read_block(task.block, dim)))
+
+
+def search_pack(pack: QueryPack, pinned: "PinnedIndex") -> EncodedPart:
+    """Search a packed block, as a task on another machine does. All that it needs there is the gallery."""
+    return _search_opened(pack.task, pinned, lambda index: _answer(index, pack.task, pack.queries))
+
+
+def _search_opened(task: SearchTask, pinned: "PinnedIndex", search: Callable[[Index], Result]) -> Result:
+    """Call a function with the index that a search is pinned to."""
+    open_pinned = partial(_open_index, task.job.gallery, pinned, task.job.find.recall, task.threads)
     try:
-        return _search_opened(task)
+        return search(open_pinned())
     except IndexReplacedError:
         # Faces were erased meanwhile: the same index without them is there, unless its files are deleted.
         _open_index.cache_clear()
-        return _search_opened(task)
-
-
-def _search_opened(task: SearchTask) -> SearchCounts:
-    index = _open_index(task.job.gallery, task.work, task.job.created, task.job.find.recall, task.threads)
-    return answer_and_write(index, task)
+        return search(open_pinned())
 
 
 def answer_and_write(index: Index, task: SearchTask) -> SearchCounts:
     """Search a block of queries in an open index and write its part, which appears when it is complete."""
+    part = _answer(index, task, read_block(task.block, index.dim))
+    write_part(task, part)
+    return part.counts
+
+
+def _answer(index: Index, task: SearchTask, queries: Iterable[Queries]) -> EncodedPart:
     # A search of lists needs no device.
     device = task.device if task.job.path == "scan" else None
-    table, counts = answer_queries(index, read_block(task.block, index.dim), task.job.find, device)
+    table, counts = answer_queries(index, queries, task.job.find, device)
     # The part and its counts become visible together, by one rename.
     table = table.replace_schema_metadata({_COUNTS: json.dumps(asdict(counts))})
+    data = pa.BufferOutputStream()
+    pq.write_table(table, data, compression="zstd")
+    return EncodedPart(counts, data.getvalue().to_pybytes())
+
+
+def write_part(task: SearchTask, part: EncodedPart) -> None:
+    """Write the part of a block, which appears when it is complete."""
     path = _get_part_path(task.work, task.block.number)
     # Synced, because a resumed search takes every part for a whole one.
-    with replace_file(path, sync=True, unique=True) as unfinished:
-        pq.write_table(table, unfinished, compression="zstd")
-    return counts
+    with replace_file(path, sync=True, unique=True) as unfinished, open(unfinished, "wb") as file:
+        file.write(part.data)
 
 
 def deliver(work: str, out: str, blocks: int) -> None:
@@ -286,18 +338,6 @@ def deliver(work: str, out: str, blocks: int) -> None:
     delete_owned_folder(work, owns_file)
 
 
-@lru_cache(maxsize=1)
-def _open_index(gallery: str, work: str, created: float, recall: float | None, threads: int | None) -> Index:
-    """Open the index that a search began with, once per process."""
-    pinned = load_pinned_index(work, gallery)
-    if pinned is None or pinned.manifest.created != created:
-        raise IndexReplacedError(
-            f"{work!r} does not say which index of {gallery!r} is searched: run the same command again, which searches "
-            "the newest one from the beginning"
-        )
-    return pinned.open(gallery, recall, threads)
-
-
 @dataclass(frozen=True)
 class PinnedIndex:
     """The index that a search began with, and goes on with although a newer one may have taken its place.
@@ -309,6 +349,9 @@ class PinnedIndex:
 
     manifest: Manifest
     erasures: frozenset[str]
+
+    def __hash__(self) -> int:
+        return hash((self.manifest.created, self.erasures))
 
     @classmethod
     def from_published(cls, gallery: str) -> "PinnedIndex":
@@ -352,6 +395,12 @@ class PinnedIndex:
             ) from None
 
 
+@lru_cache(maxsize=1)
+def _open_index(gallery: str, pinned: PinnedIndex, recall: float | None, threads: int | None) -> Index:
+    """Open the index that a search began with, once per process."""
+    return pinned.open(gallery, recall, threads)
+
+
 def pin_index(work: str, pinned: PinnedIndex) -> None:
     """Note which index is searched, for workers that start later and for a run that resumes the search."""
     manifest = json.loads(manifests.encode(pinned.manifest))
@@ -368,6 +417,21 @@ def load_pinned_index(work: str, gallery: str) -> PinnedIndex | None:
         return PinnedIndex(manifest, frozenset(state["erasures"]))
     except (StorageError, IndexingError, ValueError, KeyError, TypeError):
         return None
+
+
+def require_pinned_index(work: str, job: SearchJob) -> PinnedIndex:
+    """Load the index that a search is pinned to.
+
+    Raises:
+        IndexReplacedError: it is not known.
+    """
+    pinned = load_pinned_index(work, job.gallery)
+    if pinned is None or pinned.manifest.created != job.created:
+        raise IndexReplacedError(
+            f"{work!r} does not say which index of {job.gallery!r} is searched: run the same command again, which "
+            "searches the newest one from the beginning"
+        )
+    return pinned
 
 
 def is_same_search(work: str, job: SearchJob) -> bool:

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from facepipe.index.manifest import Manifest
 from facepipe.index.placement import ChosenPlacement, PlacedSearch, choose_placement
 from facepipe.index.queries import QuerySource, open_queries
 from facepipe.models.runtime.device import resolve_device
-from facepipe.storage import is_remote
+from facepipe.storage import is_remote, join
 from facepipe.storage.aliases import find_utf8_output
 from pipelines import embed
 from pipelines.embed.queries import build_query_config
@@ -36,10 +36,14 @@ from pipelines.search.parts import (
     is_same_search,
     load_pinned_index,
     make_folder,
+    pack_block,
     pin_index,
     prepare_folder,
     remove_unused_folder,
+    require_pinned_index,
     search_block,
+    search_pack,
+    write_part,
 )
 from pipelines.search.remote import locate_local_output, upload_answers
 
@@ -158,11 +162,15 @@ def _search_blocks(
         blocks = find_unfinished(source, config.run.block, work, summary)
         tasks = (SearchTask(job, block, work, threads, device) for block in blocks)
         # Tasks are generated lazily: blocks are cut while earlier ones are searched.
-        results: Iterable[tuple[SearchTask, SearchCounts]] = ((task, search_block(task)) for task in tasks)
+        pinned = require_pinned_index(work, job)
+        results: Iterable[tuple[SearchTask, SearchCounts]] = ((task, search_block(task, pinned)) for task in tasks)
+        if on_ray and manifest.shards:
+            shard = join(job.gallery, manifests.FOLDER, manifest.shards[0].name, manifests.INDEX)
+            ray.require_visible(shard, "the gallery")
         if placed.placement == "owners":
-            results = search_on_owners(tasks, _make_pool(config, gallery.path, work, job))
+            results = search_on_owners(tasks, OwnerPool(gallery.path, pinned, job.find.recall, config.run.owners))
         elif on_ray:
-            results = ray.run_tasks(search_block, tasks, config.run.cpus, gpus=int(device != "cpu"))
+            results = _search_on_ray(tasks, pinned, gallery.dim, cpus=config.run.cpus, gpus=int(device != "cpu"))
         for _, counts in results:
             summary.add_counts(counts)
             summary.seconds = time.monotonic() - began
@@ -200,12 +208,16 @@ def _choose_placement(
     return choose_placement(manifest, ray.list_rooms(), search)
 
 
-def _make_pool(config: SearchConfig, gallery: str, work: str, job: SearchJob) -> OwnerPool:
-    """Make the owners of the index that a search is pinned to."""
-    pinned = load_pinned_index(work, gallery)
-    if pinned is None or pinned.manifest.created != job.created:
-        raise IndexReplacedError(f"{work!r} does not say which index is searched: run the same command again")
-    return OwnerPool(gallery, pinned, job.find.recall, config.run.owners)
+def _search_on_ray(
+    tasks: Iterable[SearchTask], pinned: PinnedIndex, dim: int, *, cpus: float, gpus: float
+) -> Iterator[tuple[SearchTask, SearchCounts]]:
+    """Search blocks in Ray tasks. Queries travel and answers come back, so that nodes need to see the gallery only."""
+    results = ray.run_tasks(
+        search_pack, tasks, cpus, gpus=gpus, prepare=lambda task: pack_block(task, dim), shared=pinned
+    )
+    for task, part in results:
+        write_part(task, part)
+        yield task, part.counts
 
 
 def _choose_index(work: str, gallery: str, plan_job: Callable[[Manifest], SearchJob]) -> tuple[Manifest, SearchJob]:

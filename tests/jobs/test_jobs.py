@@ -304,11 +304,11 @@ def test_a_search_resumes_from_its_last_block(batch: Path, tmp_path: Path, monke
     words = (batch, "--json", "--quiet", "--set", f'queries="{tmp_path}/g"', "--set", "run.block=1")
     real, left = search_pipeline.search_block, [1]
 
-    def interrupt(task: Any) -> Any:
+    def interrupt(*arguments: Any) -> Any:
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
-        return real(task)
+        return real(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(search_pipeline, "search_block", interrupt)

@@ -36,7 +36,7 @@ from pipelines.search import run as search
 pytestmark = pytest.mark.slow
 
 IMAGES, FACES, FILE = 240, 24_000, 2000
-LIMIT = 120
+LIMIT = 300
 
 
 @pytest.fixture(scope="module")

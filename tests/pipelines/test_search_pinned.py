@@ -1,5 +1,6 @@
 """A search goes on in the index with which it began, while others publish, sweep, erase and rebuild."""
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from facepipe.config import build
 from facepipe.erasure.selection import Selection
 from facepipe.errors import IndexReplacedError
 from facepipe.gallery import Gallery
+from facepipe.index.answers import SearchCounts
 from pipelines import erase, index, search
 from pipelines.index import IndexConfig
 from pipelines.search import SearchConfig, SearchSummary, parts
@@ -110,6 +112,31 @@ def test_a_search_has_one_index(
     assert sorted(path.name for path in tmp_path.glob("*.p*")) == [
         *("after.parquet", "before.parquet", "out.parquet", "q.parquet")
     ]
+
+
+def test_a_machine_that_sees_the_gallery_alone_can_search(
+    gallery: str, queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As tasks of Ray do: what a block needs travels, and its part comes back."""
+    run(gallery, queries, tmp_path / "here.parquet")
+    work = tmp_path / "there.parquet.partial"
+
+    def search_elsewhere(task: parts.SearchTask, pinned: parts.PinnedIndex) -> SearchCounts:
+        sent = pickle.dumps((parts.pack_block(task, pinned.manifest.dim), pinned))
+        for path in (queries, work):
+            path.rename(path.with_suffix(".hidden"))
+        parts._open_index.cache_clear()
+        returned = pickle.dumps(parts.search_pack(*pickle.loads(sent)))
+        for path in (queries, work):
+            path.with_suffix(".hidden").rename(path)
+        part = pickle.loads(returned)
+        parts.write_part(task, part)
+        return part.counts
+
+    monkeypatch.setattr("pipelines.search.pipeline.search_block", search_elsewhere)
+    summary = run(gallery, queries, tmp_path / "there.parquet")
+    assert (summary.queries, summary.blocks) == (5 * BLOCK, 5)
+    assert (tmp_path / "there.parquet").read_bytes() == (tmp_path / "here.parquet").read_bytes()
 
 
 def stop_after_two(block: int) -> None:

@@ -23,12 +23,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from facepipe.errors import ConfigError, FacepipeError, SourceError, WorkerError
+from facepipe.errors import ConfigError, FacepipeError, SourceError, StorageError, WorkerError
 from facepipe.gallery.commits.parts import PartRecord
 from facepipe.hashing import hash64
 from facepipe.index.placement import NodeRoom
 from facepipe.schema import conform
 from facepipe.sources.blocks import Block
+from facepipe.storage import file_exists, is_remote
 from pipelines.runtime import ray_metrics
 from pipelines.runtime.device_health import DeviceFaultError
 from pipelines.runtime.image_rows import (
@@ -46,6 +47,8 @@ from pipelines.runtime.worker import DEVICE_FAULT_CODE, BlockWorker, StagedImage
 
 _LOCAL_OBJECT_STORE = 512 << 20  # bytes
 _FINGERPRINT_BYTES = 8  # per block
+_MAX_NAMED = 5  # nodes in a message
+_ID_DIGITS = 8  # of a node
 _INIT_RETRIES = 1  # of the constructor of an actor, in the same process
 
 
@@ -75,6 +78,8 @@ def _initialise() -> None:
     import ray
 
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # After the loss of a node Ray prints a page for each result that nobody waits for any more.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     # A local start gets a small object store: only blocks of work items travel through it.
     options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
     if "RAY_ADDRESS" not in os.environ:
@@ -111,11 +116,13 @@ def run(
 
     Raises:
         FacepipeError: A worker raised it.
-        WorkerError: Ray failed in another way.
+        WorkerError: Ray failed in another way, or a node does not see the folder that workers write to.
     """
     import ray.data
     from ray.exceptions import RayError
 
+    # A worker that wrote a part into a folder of its own node would lose it.
+    require_visible(jobs[0].faces_folder, "the folder that workers write to")
     # The listing runs in one task on this node, without a CPU of its own, so that it can start at once.
     driver_node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="facepipe-") as folder:
@@ -287,6 +294,70 @@ def list_rooms() -> list[NodeRoom]:
         if resources.get("CPU", 0) >= 1:
             rooms.append(NodeRoom(node["NodeID"], int(resources.get("memory", 0)), int(resources["CPU"])))
     return rooms
+
+
+def require_visible(path: str, what: str) -> None:
+    """Require that all nodes with CPUs see a file or folder, if this process sees it.
+
+    Args:
+        path: path of a file or folder, or URL of an object.
+        what: what it is part of, for the message.
+
+    Raises:
+        WorkerError: a node does not see it.
+    """
+    blind = find_blind_nodes(path) if _exists(path) else {}
+    if blind:
+        nodes = ", ".join(list(blind)[:_MAX_NAMED])
+        raise WorkerError(
+            f"{len(blind)} of {len(list_rooms())} nodes of Ray do not see {what} ({nodes}): "
+            f"{next(iter(blind.values()))}. Mount its folder under the same path on all nodes, put it into an object "
+            "store that all of them may read, or set run.runner=inline"
+        )
+
+
+def find_blind_nodes(path: str) -> dict[str, str]:
+    """Find the nodes with CPUs that do not see a file or folder. This process looks for itself.
+
+    Args:
+        path: path of a file or folder, or URL of an object.
+
+    Returns:
+        By the node's address and id, why it does not see it.
+    """
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    own_node = ray.get_runtime_context().get_node_id()
+    looks = {}
+    for node in (room.node for room in list_rooms() if room.node != own_node):
+        strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+        looks[node] = ray.remote(num_cpus=0, scheduling_strategy=strategy)(_look_for).remote(path)
+    blind = {}
+    for node, look in looks.items():
+        try:
+            reason = ray.get(look)
+        except RayTaskError:
+            raise
+        except RayError:
+            continue  # the node was lost meanwhile: it gets no task
+        if reason:
+            blind[f"{addresses[node]} {node[:_ID_DIGITS]}"] = reason
+    return blind
+
+
+def _look_for(path: str) -> str:
+    """Say why this node does not see a path; nothing if it does."""
+    try:
+        return "" if _exists(path) else f"there is no {path!r}"
+    except StorageError as error:
+        return str(error)
+
+
+def _exists(path: str) -> bool:
+    return file_exists(path) if is_remote(path) else os.path.exists(path)
 
 
 def _list_nodes() -> list[dict[str, float]]:
