@@ -34,6 +34,7 @@ _DEGREE = 3
 _MAX_RESIDUAL = 0.25  # of the logarithm of the counts: a bulk of few persons has bumps that no cubic follows
 _MARGIN_SHARE = 0.1  # of the way from the threshold to the typical pair of one person
 _MAX_MARGIN_SHARE = 0.5  # the same, over a gap between groups
+_MAX_FLOOR_PAIRS = 1.0  # strangers that a fit may expect beyond where it stops falling
 _RESIDUAL_PARTS = 12  # of the bulk, in each of which the residuals are averaged
 
 
@@ -235,12 +236,23 @@ def _fit_null_tail(counts: Int64, end_share: float) -> Float64 | None:
     curve = np.polynomial.Polynomial.fit(scale, logarithm, _DEGREE, w=np.sqrt(counts[bins]))
     if not _is_smooth(logarithm - curve(scale), counts[bins]):
         return None
-    beyond = np.arange(first, len(counts))
-    # The density may only fall: a cubic rises again somewhere.
-    density = np.exp(np.minimum.accumulate(curve((beyond - first) / max(1, last - first))))
+    beyond = (np.arange(first, len(counts)) - first) / max(1, last - first)
     tail = np.full(len(counts), float(total))
-    tail[first:] = density[::-1].cumsum()[::-1]
+    # The density may only fall: a cubic rises again somewhere.
+    tail[first:] = _sum_tail(np.minimum.accumulate(curve(beyond)))
+    lowest = int(np.argmin(curve(beyond)))
+    if lowest < len(beyond) - 1 and tail[first + lowest] > _MAX_FLOOR_PAIRS:
+        # It rises too early, and leaves strangers at any similarity. From where it falls most, a straight line goes on.
+        slope = curve.deriv()(beyond)
+        steepest = int(np.argmin(slope[: lowest + 1]))
+        line = curve(beyond[steepest]) + slope[steepest] * (beyond - beyond[steepest])
+        tail[first:] = _sum_tail(np.where(np.arange(len(beyond)) < steepest, curve(beyond), line))
     return tail
+
+
+def _sum_tail(logarithm: Float64) -> Float64:
+    """Sum up densities, given as logarithms, from the end to the beginning of each bin."""
+    return np.asarray(np.exp(logarithm)[::-1].cumsum()[::-1], np.float64)
 
 
 def _is_smooth(residual: Float64, counts: Int64) -> bool:
