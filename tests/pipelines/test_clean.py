@@ -277,9 +277,9 @@ def test_a_huge_identity_among_others(tmp_path: Path, monkeypatch: pytest.Monkey
     pairs: list[int] = []
     original = Clusters.compute_linkage
 
-    def counted(self: Clusters, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    def counted(self: Clusters, u: np.ndarray, v: np.ndarray, margin: float = 0.0) -> np.ndarray:
         pairs.append(len(u))
-        return original(self, u, v)
+        return original(self, u, v, margin)
 
     monkeypatch.setattr(Clusters, "compute_linkage", counted)
     held = gallery(tmp_path / "g", made)

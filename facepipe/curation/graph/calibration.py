@@ -287,7 +287,9 @@ def _raise_over_look_alikes(
     if calibration.curve is None:
         return calibration
     near = gather_neighbourhoods(vectors, density, guide.sample, threshold.similarity, guide.is_guide, options.seed)
-    gap = find_group_gap(np.ascontiguousarray(vectors[near]), density[near], threshold.similarity)
+    part = np.ascontiguousarray(vectors[near])
+    group_gap = find_group_gap(part, density[near], threshold.similarity)
+    gap = group_gap or find_clear_gap(part, density[near])
     if gap is None:
         return calibration
     raised = calibration.curve.raise_threshold(threshold, gap.similarity)
@@ -297,6 +299,8 @@ def _raise_over_look_alikes(
     if not _is_plausible(raised, float(density.mean()), options.model_threshold):
         return calibration
     if is_cut:
+        if group_gap is None:
+            return calibration
         # Single faces of a person lie in the gap as well: only groups must be above it.
         return replace(calibration, threshold=calibration.curve.widen_margin(threshold, gap.similarity))
     return replace(calibration, threshold=raised)

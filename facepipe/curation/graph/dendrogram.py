@@ -109,11 +109,12 @@ def find_gap(vectors: Float32) -> Gap | None:
     return best
 
 
-def find_clear_gap(vectors: Float32) -> Gap | None:
+def find_clear_gap(vectors: Float32, density: Float32 | None = None) -> Gap | None:
     """Find a drop between the merges of the tree that is so wide that persons may have as few as two faces.
 
     Args:
         vectors: unit vectors (n, dim).
+        density: densities (n,).
 
     Returns:
         None if there is no such gap, or if few faces are of one person with another.
@@ -121,7 +122,7 @@ def find_clear_gap(vectors: Float32) -> Gap | None:
     count = len(vectors)
     if count < _MIN_CLEAR_FACES:
         return None
-    tree = _build_tree(vectors)
+    tree = _build_tree(vectors, density)
     similarity = 1 - tree[:, 2]  # of the merges, falling
     drops = similarity[:-1] - similarity[1:]
     last = int(np.argmax(drops))  # the last merge within a person
