@@ -1,6 +1,6 @@
 """Compare searches of vectors of two lengths: the same faces with all numbers, and with the first ones.
 
-    python tests/bench/lengths.py --faces 100000 --dims 128 512
+    python tests/bench/lengths.py --faces 100000 --dims 128 512 [--memory 4GiB]
 
 Faces are drawn as networks with an angular margin place them (tests/hard_faces.py). Rounds of the lengths alternate, so
 that other work on the machine slows both. Rates are of one thread.
@@ -54,14 +54,16 @@ def shorten(vectors: np.ndarray, dim: int) -> np.ndarray:
     return np.ascontiguousarray(short / np.linalg.norm(short, axis=1, keepdims=True), np.float32)
 
 
-def measure(folder: Path, vectors: np.ndarray, queries: np.ndarray, dim: int, recall: float) -> Measured:
+def measure(
+    folder: Path, vectors: np.ndarray, queries: np.ndarray, dim: int, recall: float, memory: str
+) -> Measured:
     """Make a gallery and its index, and find the true neighbours."""
     gallery = Gallery.create(str(folder), replace(CONTRACT, dim=dim))
     person = np.arange(len(vectors)) // _EACH
     parts = (slice(at, at + 50_000) for at in range(0, len(vectors), 50_000))
     append(gallery, (rows(person[part], vectors[part], part.start) for part in parts), "bench")
     began = time.monotonic()
-    done = run(build(IndexConfig, {"index": {"recall": recall}}), gallery.path)
+    done = run(build(IndexConfig, {"index": {"recall": recall, "memory": memory}}), gallery.path)
     ids, stored = Gallery(gallery.path).vectors()
     truth = ids[faiss.knn(queries, stored, 10)[1]]
     index = Index(gallery.path, threads=1)
@@ -81,11 +83,12 @@ def main() -> None:
     parser.add_argument("--dims", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--recall", type=float, default=0.95)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory", default="4GiB", help="of the building process, which holds all vectors drawn here")
     args = parser.parse_args()
     vectors, queries = draw(args.faces, args.queries)
     with tempfile.TemporaryDirectory() as folder:
         measured = {
-            dim: measure(Path(folder, str(dim)), shorten(vectors, dim), shorten(queries, dim), dim, args.recall)
+            dim: measure(Path(folder, str(dim)), shorten(vectors, dim), shorten(queries, dim), dim, args.recall, args.memory)
             for dim in args.dims
         }
         for _ in range(args.rounds):
