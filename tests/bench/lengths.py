@@ -54,9 +54,7 @@ def shorten(vectors: np.ndarray, dim: int) -> np.ndarray:
     return np.ascontiguousarray(short / np.linalg.norm(short, axis=1, keepdims=True), np.float32)
 
 
-def measure(
-    folder: Path, vectors: np.ndarray, queries: np.ndarray, dim: int, recall: float, memory: str
-) -> Measured:
+def measure(folder: Path, vectors: np.ndarray, queries: np.ndarray, dim: int, recall: float, memory: str) -> Measured:
     """Make a gallery and its index, and find the true neighbours."""
     gallery = Gallery.create(str(folder), replace(CONTRACT, dim=dim))
     person = np.arange(len(vectors)) // _EACH
@@ -88,7 +86,9 @@ def main() -> None:
     vectors, queries = draw(args.faces, args.queries)
     with tempfile.TemporaryDirectory() as folder:
         measured = {
-            dim: measure(Path(folder, str(dim)), shorten(vectors, dim), shorten(queries, dim), dim, args.recall, args.memory)
+            dim: measure(
+                Path(folder, str(dim)), shorten(vectors, dim), shorten(queries, dim), dim, args.recall, args.memory
+            )
             for dim in args.dims
         }
         for _ in range(args.rounds):

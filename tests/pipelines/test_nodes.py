@@ -35,7 +35,7 @@ from pipelines.search import run as search
 
 pytestmark = pytest.mark.slow
 
-IMAGES, FACES, FILE = 240, 24_000, 2000
+IMAGES, FACES, FILE = 960, 24_000, 2000
 LIMIT = 300
 
 

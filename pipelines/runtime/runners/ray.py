@@ -49,6 +49,8 @@ _LOCAL_OBJECT_STORE = 512 << 20  # bytes
 _FINGERPRINT_BYTES = 8  # per block
 _MAX_NAMED = 5  # nodes in a message
 _ID_DIGITS = 8  # of a node
+_START_TRIES = 3  # to start Ray on this machine: it gives its own processes 30 seconds, too few if the cores are busy
+_START_TIMED_OUT = "timed out during startup"  # in the message of that error, which has no class of its own
 _INIT_RETRIES = 1  # of the constructor of an actor, in the same process
 
 
@@ -75,8 +77,6 @@ def start() -> Resources:
 
 def _initialise() -> None:
     """Initialise Ray without its output, and keep this process's handler of SIGTERM."""
-    import ray
-
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # After the loss of a node Ray prints a page for each result that nobody waits for any more.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
@@ -87,10 +87,25 @@ def _initialise() -> None:
     handler = signal.getsignal(signal.SIGTERM)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ray.init(**options)
+        _start_patiently(options)
     if threading.current_thread() is threading.main_thread():
         # Ray's own handler ends the process at once.
         signal.signal(signal.SIGTERM, handler)
+
+
+def _start_patiently(options: dict[str, Any]) -> None:
+    """Start Ray or connect to it, and try again if its processes took too long to start."""
+    import ray
+
+    for attempt in range(1, _START_TRIES + 1):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:
+            if _START_TIMED_OUT not in str(error) or attempt == _START_TRIES:
+                raise
+            # What has started ends, so that the next try begins anew.
+            ray.shutdown()
 
 
 def stop() -> None:
