@@ -189,10 +189,12 @@ def traces_of(gallery: Gallery, selection: Selection) -> tuple[Traces, list[dict
     """(of what the selection means, the rows that are to stay)."""
     chosen = set(select_images(gallery, selection).uris.to_pylist())
     before = table_rows(gallery)
-    gone, stay = ([r for r in before if (r["uri"] in chosen) is x] for x in (True, False))
+    gone = [row for row in before if row["uri"] in chosen]
+    stay = [row for row in before if row["uri"] not in chosen]
     assert gone
     names = {r["identity"] for r in gone if r["identity"]} - {r["identity"] for r in stay}
-    found, others = Traces(gone, names), Traces(stay, set())
+    found = Traces(gone, names)
+    others = Traces(stay, set())
     for kind in ("vectors", "thumbs"):  # fake models make the same ones for several images
         shared = getattr(found, kind) & getattr(others, kind)
         getattr(found, kind).difference_update(shared)

@@ -121,7 +121,8 @@ def test_hidden_and_purged_is_what_an_erasure_at_once_leaves(gallery: Gallery, t
     (later,) = erase.run(PERSON, gallery.path, purge_days=3).receipts
     erase.purge(gallery.path)
     assert table_rows(gallery) == table_rows(other)
-    first, second = receipt.load_receipt(at_once), receipt.load_receipt(later)
+    first = receipt.load_receipt(at_once)
+    second = receipt.load_receipt(later)
     for name in ("images", "faces", "rows", "files_before", "vectors", "index_before", "reports"):
         assert getattr(first, name) == getattr(second, name), name
     assert not first.purge_due

@@ -293,8 +293,10 @@ def _extend(
     """Add pairs to the candidates, sorted by face and identity, each once. The pairs are sorted by face."""
     stride = max(1, candidates.identity_count)
     most = len(candidates) + len(near.face)
-    face, identity = (TemporaryColumn(np.int64, most) for _ in range(2))
-    is_own, all_near = (TemporaryColumn(np.bool_, most) for _ in range(2))
+    face = TemporaryColumn(np.int64, most)
+    identity = TemporaryColumn(np.int64, most)
+    is_own = TemporaryColumn(np.bool_, most)
+    all_near = TemporaryColumn(np.bool_, most)
     extended = TemporaryColumn(np.float32, most)
     for block in candidates.iterate_blocks(face_count):
         keys = block.candidates.face * stride + block.candidates.identity

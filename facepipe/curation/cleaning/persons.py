@@ -46,9 +46,15 @@ class NamedPersons:
         if len(self.name) == name_count:
             return candidates, posteriors
         # What is found of each block is appended to columns in temporary files.
-        face, identity = (TemporaryColumn(np.int64, len(candidates)) for _ in range(2))
-        is_own, is_near, is_certain = (TemporaryColumn(np.bool_, len(candidates)) for _ in range(3))
-        probability, similarity, weight = (TemporaryColumn(np.float32, len(candidates)) for _ in range(3))
+        most = len(candidates)
+        face = TemporaryColumn(np.int64, most)
+        identity = TemporaryColumn(np.int64, most)
+        is_own = TemporaryColumn(np.bool_, most)
+        is_near = TemporaryColumn(np.bool_, most)
+        is_certain = TemporaryColumn(np.bool_, most)
+        probability = TemporaryColumn(np.float32, most)
+        similarity = TemporaryColumn(np.float32, most)
+        weight = TemporaryColumn(np.float32, most)
         for block in candidates.iterate_blocks(len(posteriors.no_identity)):
             pairs = block.candidates
             likely = posteriors.probability[block.pairs]

@@ -56,25 +56,13 @@ def cluster_faces(
     single = Clusters.from_faces(graph.nodes.vectors, graph.density)
     known = unite_known(graph, same, decided, left_out, with_groups=False)
     apart = join_links(different, decided, known)
-    if unfit is None or not unfit.any():
-        labels, clusters = merge_by_average_linkage(
-            single,
-            u,
-            v,
-            threshold,
-            apart.pairs,
-            person=apart.person,
-            start=known,
-            margin=margin,
-            run_tasks=run_tasks,
-        )
-        labels, clusters = _link_near_means(
-            labels, clusters, threshold=threshold, margin=margin, apart=apart, run_tasks=run_tasks
-        )
-        return _gather(decided, labels, clusters, single, threshold)
-    # Only fit faces found persons. The others join them afterwards.
-    is_waiting = _find_waiting(known, int(known.max(initial=-1)) + 1, unfit)[known]
-    founding = select_ends(u, v, lambda left, right: ~(is_waiting[left] | is_waiting[right]))
+    founding = (u, v)
+    if unfit is not None and not unfit.any():
+        unfit = None
+    if unfit is not None:
+        # Only fit faces found persons. The others join them afterwards.
+        is_waiting = _find_waiting(known, int(known.max(initial=-1)) + 1, unfit)[known]
+        founding = select_ends(u, v, lambda left, right: ~(is_waiting[left] | is_waiting[right]))
     labels, clusters = merge_by_average_linkage(
         single,
         *founding,
@@ -88,6 +76,8 @@ def cluster_faces(
     labels, clusters = _link_near_means(
         labels, clusters, threshold=threshold, margin=margin, apart=apart, unfit=unfit, run_tasks=run_tasks
     )
+    if unfit is None:
+        return _gather(decided, labels, clusters, single, threshold)
     is_waiting = _find_waiting(labels, len(clusters), unfit)
     # Only edges between a cluster that waits and one that does not matter.
     u, v = select_ends(u, v, lambda left, right: is_waiting[labels[left]] != is_waiting[labels[right]])

@@ -278,9 +278,10 @@ def _measure(
 def _raise_over_look_alikes(
     vectors: Float32, guide: _GuideFaces, calibration: Calibration, options: CalibrationOptions
 ) -> Calibration:
-    """Raise the threshold if groups of look-alikes are nearer than that, and far below the groups of one person.
+    """Raise the threshold if a gap between persons lies above it.
 
-    Persons who look alike are more than the null foresees. Networks with an angular margin leave a gap above them.
+    Persons who look alike are more than the null foresees. Networks with an angular margin leave a gap above them:
+    between groups of several faces each, or one so clear that persons may have two.
     """
     threshold = calibration.threshold
     density = calibration.density

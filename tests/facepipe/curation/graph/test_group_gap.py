@@ -100,6 +100,16 @@ def test_persons_of_few_faces_each_are_no_groups_of_one_person(persons: int, fac
 
 
 @pytest.mark.parametrize("seed", [1, 2])
+def test_well_separated_persons_of_two_faces_are_all_found(seed: int) -> None:
+    """The threshold by strangers lies below the gap that parts them, and joined a few."""
+    rng = np.random.default_rng(seed)
+    person = np.repeat(np.arange(160), 2)
+    vectors = rng.normal(size=(160, 128))[person] + 0.1 * rng.normal(size=(320, 128))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    assert score(person, vectors, calibrate(vectors, OPTIONS)) == 1
+
+
+@pytest.mark.parametrize("seed", [1, 2])
 def test_one_person_has_no_gap(seed: int) -> None:
     space = ArcFaceLike(seed, hardness=EASY)
     vectors = space.draw(space.draw_centres(1), np.zeros(800, np.int64)).vectors
